@@ -44,7 +44,7 @@ def random_model(architecture="Qwen3", **changes):
 def random_requests(count=17, beginning=17, seed=5):
     """Prompts that share a beginning, of uneven lengths, with uneven limits."""
     draw = random.Random(seed)
-    tokens = lambda least, most: [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most))]  # noqa: E731
+    tokens = lambda least, most: [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most))]
     shared = tokens(beginning, beginning)
     return [Request(i, 0, shared + tokens(1, 40), draw.randint(45, 80)) for i in range(count)]
 

@@ -1,0 +1,208 @@
+"""`benchmark.py` from its command line: what it counts, what it refuses, how it prints."""
+
+import json
+import subprocess
+import sys
+import time
+from math import comb
+
+import pytest
+from conftest import ROOT
+
+import benchmark
+
+
+def line(id=0, text="#### 18", gold="#### 18", **more):
+    return {"id": id, "question": f"question {id}", "model_output": text, "ground_truth_answer": gold, **more}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write rows, or raw text, to a file and give its path as text."""
+
+    def write(rows, name="run.jsonl"):
+        path = tmp_path / name
+        path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def score(capsys):
+    """Run with --json and give the objects printed."""
+
+    def score(*arguments):
+        benchmark.main([*arguments, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    return score
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Run what must end in exit code 2, and give the one line on stderr."""
+
+    def refuse(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main(list(arguments))
+        out, err = capsys.readouterr()
+        assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+        return err
+
+    return refuse
+
+
+def test_the_published_files_come_to_the_published_counts(shared, score):
+    names = ("zero_shot_model_outputs", "cot_model_outputs", "few_shot_model_outputs")
+    names += ("BF16-thinking_model_outputs_reduced_batch", "Qwen3-GSM8k-SFT-BF16-temp0")
+    runs = score(*(str(shared / "published_outputs" / f"{name}.jsonl") for name in names))
+    assert [run["n"] for run in runs] == [1319] * 5
+    assert [run["correct_published"] for run in runs] == [108, 701, 561, 880, 634]
+    assert [run["correct"] for run in runs] == [110, 711, 561, 852, 633]
+    assert [run["unfinished"] for run in runs] == [0, 0, 0, 291, 34]
+    assert [run["truncated"] for run in runs] == [None] * 5
+
+
+def test_every_line_is_counted_once_by_status(write, score):
+    texts = ["#### 18", "#### 1", "<think>18", "18", "#### 4 and 6", "#### 18####"]
+    (run,) = score(write([line(i, text, output_tokens=10) for i, text in enumerate(texts)]))
+    statuses = {key: run[key] for key in ("correct", "wrong", "unfinished", "no_answer", "ambiguous")}
+    assert statuses == {"correct": 2, "wrong": 1, "unfinished": 1, "no_answer": 1, "ambiguous": 1}
+    assert (run["n"], run["correct_published"], run["no_answer_right"]) == (6, 3, 1)
+    assert (run["accuracy"], run["output_tokens_mean"]) == (pytest.approx(100 * 2 / 6), 10)
+
+
+def test_cut_at_the_limit_is_counted_only_where_every_line_says_how_it_ended(write, score):
+    rows = [line(0, finish_reason="length"), line(1, finish_reason="stop")]
+    assert score(write(rows))[0]["truncated"] == 1
+    assert score(write([*rows, line(2)]))[0]["truncated"] is None
+
+
+def test_a_file_that_says_nothing_was_prefilled_where_half_of_it_closes_a_thought(write, score):
+    closed, bare = line(0, "a</think>#### 18"), line(1, "#### 18")
+    half = write([closed, bare])
+    assert score(half)[0]["unfinished"] == 1
+    assert score(half, "--thinking", "no")[0]["unfinished"] == 0
+    assert score(write([closed, bare, line(2)]))[0]["unfinished"] == 0
+    assert score(write([closed, line(1, thinking_open=False)]))[0]["unfinished"] == 0
+    assert score(write([line(0, "<think>#### 18")]), "--thinking", "no")[0]["correct"] == 1
+    assert score(write([bare]), "--thinking", "yes")[0]["unfinished"] == 1
+
+
+def test_one_sample_a_question_has_wilsons_interval(write, score):
+    (run,) = score(write([line(i, "#### 18" if i < 8 else "") for i in range(10)]))
+    assert run["interval"] == pytest.approx([49.0162, 94.3318], abs=1e-4)  # Wilson (1927) for 8 of 10
+
+
+def test_several_samples_have_an_interval_clustered_by_question(write, score):
+    # Two questions, each all right or all wrong: the samples say no more than the questions do.
+    rows = [line(q, "#### 18" if q % 2 else "", sample=s) for q in range(100) for s in range(4)]
+    low, high = score(write(rows))[0]["interval"]
+    assert (low, high) == pytest.approx((50 - 9.85, 50 + 9.85), abs=0.01)  # 1.96 * 0.5 / sqrt(99)
+
+
+def test_order_of_lines_does_not_matter(write, score):
+    rows = [line(q, f"#### {17 + (q + s) % 3}", sample=s) for q in range(5) for s in range(3)]
+    runs = [score(write(some))[0] for some in (rows, rows[::-1])]
+    assert runs[0] == runs[1]
+    assert runs[0]["questions"] == 5
+
+
+def test_pass_at_k_is_the_unbiased_estimate(write, score):
+    right = [0, 1, 3]
+    rows = [line(q, "#### 18" if s < right[q] else "", sample=s) for q in range(3) for s in range(4)]
+    (run,) = score(write(rows))
+    expected = [100 * sum(1 - comb(4 - c, k) / comb(4, k) for c in right) / 3 for k in (1, 2, 3, 4)]
+    assert run["pass_at"] == pytest.approx(expected)
+    assert run["pass_at"][0] == pytest.approx(run["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("answers", "majority", "ties"),
+    [
+        ("18 1 1", [100, 100, 0], 0),  # tied after two: the answer given first wins
+        ("1 18 18.0", [0, 0, 100], 0),
+        ("1 18 - 18", [0, 0, 0, 100], 0),  # `-`: nothing to read, no vote
+        ("1 18", [0, 0], 1),
+        ("- -", [0, 0], 0),
+    ],
+)
+def test_the_majority_vote_goes_to_the_answer_given_first_among_the_tied(write, score, answers, majority, ties):
+    rows = [line(0, "" if a == "-" else f"#### {a}", sample=s) for s, a in enumerate(answers.split())]
+    (run,) = score(write(rows))
+    assert (run["majority_at"], run["ties"]) == (majority, ties)
+
+
+def test_the_interval_of_a_vote_is_the_bootstrap_over_questions(write, score):
+    import numpy
+
+    rows = [line(q, "#### 18" if q < 30 else "", sample=s) for q in range(40) for s in range(2)]
+    low, high = score(write(rows))[0]["majority_interval"]
+    draws = numpy.random.default_rng(0).choice(numpy.arange(40) < 30, (20_000, 40)).mean(1)
+    assert (low, high) == pytest.approx(100 * numpy.quantile(draws, [0.025, 0.975]), abs=2.6)
+
+
+BAD_LINES = {
+    "not JSON": "{",
+    "not text": "\\udcff\n",
+    "an array": "[]",
+    "no model_output": json.dumps({"id": 1, "question": "", "ground_truth_answer": "#### 1"}),
+    "id is a list": json.dumps(line([])),
+    "id is true": json.dumps(line(True)),
+    "model_output is null": json.dumps(line(1, None)),
+    "no gold number": json.dumps(line(1, gold="18")),
+    "sample below zero": json.dumps(line(1, sample=-1)),
+    "sample is text": json.dumps(line(1, sample="0")),
+    "thinking_open is a number": json.dumps(line(1, thinking_open=1)),
+    "output_tokens too large": json.dumps(line(1, output_tokens=2**40)),
+    "id of 5,000 digits": '{"id": ' + "1" * 5000 + "}",
+    "deep nesting": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_is_named_and_never_a_wrong_answer(write, refuse, score, bad):
+    path = write(json.dumps(line(0)) + "\n" + BAD_LINES[bad] + "\n" + json.dumps(line(2)) + "\n")
+    assert f"{path}:2: " in refuse(path)
+    (run,) = score(path, "--skip-bad")
+    assert (run["n"], run["correct"], run["skipped"]) == (2, 2, 1)
+
+
+def test_a_file_without_a_line_to_score_is_refused(write, refuse, tmp_path):
+    assert "no line" in refuse(write(""))
+    assert "no line" in refuse(write("{\n"), "--skip-bad")
+    assert "cannot be read" in refuse(str(tmp_path / "none.jsonl"))
+    assert "cannot be read" in refuse(str(tmp_path))
+
+
+def test_a_line_that_stands_twice_is_refused(write, refuse):
+    assert "repeat" in refuse(write([line(0), line(1), line(1)]))
+
+
+@pytest.mark.parametrize("flags", [[], ["--nonsense", "x"], ["x", "--thinking", "maybe"]])
+def test_a_wrong_flag_is_one_line(refuse, flags):
+    assert refuse(*flags).startswith("benchmark.py: error: ")
+
+
+def test_the_table_names_files_counts_and_intervals(write, capsys):
+    benchmark.main([write([line(0), line(1, "so 18")], name="cot.jsonl")])
+    header, row, note = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["file", "lines"]
+    assert row.split()[:5] == ["cot", "2", "50.00", "[9.45,", "90.55]"]
+    assert note.startswith("cot: 1 of 1 answers without")
+
+
+def test_what_could_steer_a_terminal_is_printed_escaped():
+    assert benchmark.printable("a\x1b[31m\x07\x9b\ud800\u202eé\n−") == "a\\x1b[31m\\x07\\x9b\\ud800\\u202eé\n−"
+
+
+def test_twelve_files_are_started_and_scored_in_about_a_second_without_torch(shared):
+    files = sorted((shared / "published_outputs").glob("*.jsonl"))
+    command = [sys.executable, "-X", "importtime", "benchmark.py", *map(str, (files * 3)[:12])]
+    start = time.monotonic()
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 3  # a second on a quiet machine
+    assert result.stdout.count("[") == 24
+    for module in ("torch", "transformers", "scipy", "numpy", "matplotlib", "jinja2"):
+        assert f" {module}\n" not in result.stderr
