@@ -512,6 +512,8 @@ def borrowed(model, cache):
     try:
         model.eval()
         model.set_attn_implementation("rolling")
+        if model.config._attn_implementation != "rolling":
+            raise unfit(model)
         yield
     finally:
         model.set_attn_implementation(attention)
@@ -557,7 +559,14 @@ class RollingBatch:
         Without any, one token is read all the same: it shows the sizes of keys and values.
         """
         self.prefix, self.last = 0, max(1, len(ids))
-        self.forward([ids or [0]], [0], slice(0, 1), 0)
+        try:
+            self.forward([ids or [0]], [0], slice(0, 1), 0)
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise unfit(self.model) from error
+        if not self.cache.attended:
+            raise unfit(self.model)
         self.cache.end_prefix(len(ids))
         return len(ids)
 
@@ -755,8 +764,6 @@ class RollingCache:
         return (self.positions[:, :, None] - keys[:, None])[:, None, None]
 
     def end_prefix(self, length):
-        if not self.attended or not self.prefix:
-            raise UserError("this model's attention cannot be replaced, so that it cannot be run here")
         self.prefix = {layer: (k[:, :length], v[:, :length]) for layer, (k, v) in self.prefix.items()}
 
     def bytes_per_token(self):
@@ -783,6 +790,13 @@ class RollingCache:
 
     def clear(self):
         self.prefix, self.buffers = {}, {}
+
+
+def unfit(model):
+    return UserError(
+        f"{type(model).__name__}: cannot be run here: its layers do not attend over keys and values through "
+        "transformers' AttentionInterface; pass a model of another architecture"
+    )
 
 
 def shared_beginning(prompts):

@@ -44,7 +44,11 @@ def random_model(architecture="Qwen3", **changes):
 def random_requests(count=17, beginning=17, seed=5):
     """Prompts that share a beginning, of uneven lengths, with uneven limits."""
     draw = random.Random(seed)
-    tokens = lambda least, most: [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most))]
+
+
+    def tokens(least, most):
+        return [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most))]
+
     shared = tokens(beginning, beginning)
     return [Request(i, 0, shared + tokens(1, 40), draw.randint(45, 80)) for i in range(count)]
 
@@ -212,10 +216,11 @@ def test_nan_logits_name_the_question(tokenizer):
         tokens_of(model, tokenizer, random_requests(), batch_size=1)
 
 
-def test_a_model_whose_attention_cannot_be_replaced_is_refused(tokenizer):
-    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
-    with pytest.raises(UserError, match="Bloom"):
-        tokens_of(transformers.BloomForCausalLM(config), tokenizer, random_requests(2))
+@pytest.mark.parametrize("architecture", ["Bloom", "Mamba"])
+def test_a_model_that_does_not_attend_over_keys_and_values_is_refused(architecture, tokenizer):
+    config = getattr(transformers, f"{architecture}Config")(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+    with pytest.raises(UserError, match=f"{architecture}.*cannot be run here"):
+        tokens_of(transformers.AutoModelForCausalLM.from_config(config), tokenizer, random_requests(2))
 
 
 def test_the_model_comes_back_as_it_was(tokenizer):
