@@ -1176,17 +1176,25 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def read_jsonl(path, required=()):
+def read_jsonl(path, required=(), bad=None):
     """Yield (line number, object) for every line that is not blank.
 
     A line that is not UTF-8, not JSON, not an object or lacks a required key is a UserError that
-    names the file, the line and the key.
+    names the file, the line and the key; given a list `bad`, its number goes there instead.
     """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, parse_json_line(path, number, line, required)
+                if not line.strip():
+                    continue
+                try:
+                    row = parse_json_line(path, number, line, required)
+                except UserError:
+                    if bad is None:
+                        raise
+                    bad.append(number)
+                    continue
+                yield number, row
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
