@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import tracemalloc
 from math import comb
 
 import pytest
@@ -210,6 +211,30 @@ def test_twelve_files_are_started_and_scored_in_about_a_second_without_torch(sha
 
 def right_where(count, of, start=0):
     return [line(q, "#### 18" if start <= q < start + count else "#### 1") for q in range(of)]
+
+
+def test_a_file_in_order_is_read_as_a_stream(write, score):
+    path = write([line(id, "9 " * 500) for id in range(5_000)])
+    tracemalloc.start()
+    score(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500_000  # bytes, of a file of 5 million
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_votes_and_comparisons_keep_little_of_a_line(write, samples):
+    rows = [line(id, f"#### {id}", sample=s) for id in range(20_000 // samples) for s in range(samples)]
+    files = [write(rows, name) for name in ("a.jsonl", "b.jsonl")]
+    options = benchmark.parse([*files, "--compare"])
+    tracemalloc.start()
+    runs = [benchmark.score_run(path, options) for path in options.files]
+    benchmark.compare_runs(runs)
+    if samples > 1:
+        benchmark.count_votes(runs[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / (2 * len(rows)) < 150  # bytes a line
 
 
 def test_a_comparison_is_paired_and_exact(write, score):
