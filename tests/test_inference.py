@@ -102,9 +102,9 @@ def test_runs_that_decide_differently_do_not_mix(tmp_path, capsys):
 
 def test_only_one_process_writes_an_output(tmp_path, capsys):
     record = {"decides": {}, "segments": []}
-    with common.RunOutput(tmp_path / "a.jsonl").opened(record):
-        with pytest.raises(SystemExit, match="2"):
-            run(tmp_path / "a.jsonl", "--limit", 1)
+    writer = common.RunOutput(tmp_path / "a.jsonl").opened(record)
+    with writer, pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", "--limit", 1)
     assert "another process is writing it" in capsys.readouterr().err
 
 
@@ -138,7 +138,7 @@ def test_a_lora_adapter_answers_as_its_merged_model(tmp_path):
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            weight.data.normal_(std=0.05)
+            weight.data.normal_(std=0.5)
     model.peft_config["default"].base_model_name_or_path = MODEL
     model.save_pretrained(tmp_path / "adapter")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
