@@ -402,10 +402,10 @@ def choose_dtype(dtype, device, note=log):
 # once and kept apart: every row attends to it, none holds a copy.
 # ------------------------------------------------------------------------------------------
 
-MOST_SLOTS = {"cpu": 256, "cuda": 1024}  # what --batch-size auto takes where memory allows more
+MOST_SLOTS = {"cpu": 512, "cuda": 1024}  # what --batch-size auto takes where memory allows more
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one pass; on a CPU the activations stay in its caches
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
-SPARE_COLUMNS = 64  # beyond the longest row, so that the window moves back rarely
+SPARE_COLUMNS = 128  # beyond the longest prompt at first, and beyond the longest row at most
 
 
 @dataclass(frozen=True)
@@ -534,8 +534,7 @@ class RollingBatch:
         longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         self.columns = longest - self.prefix + longest // 8 + SPARE_COLUMNS
         self.slots = self.choose_slots(batch_size)
-        self.sort_waiting()
-        cache.allocate(self.slots, self.columns)
+        self.allocate()
 
     def run(self):
         """Yield the rows that end, until none is left."""
@@ -587,9 +586,10 @@ class RollingBatch:
         )
         return slots
 
-    def sort_waiting(self):
-        """Longest first, taken from the list's end: what comes later always fits the window."""
+    def allocate(self):
+        """Sort the waiting rows longest first, taken from the list's end: what comes later fits the window."""
         self.waiting.sort(key=lambda row: (len(row), -row.request.id, -row.request.sample))
+        self.cache.allocate(self.slots, min(self.columns, len(self.waiting[-1]) - self.prefix + SPARE_COLUMNS))
 
     def admit(self, free):
         """Prefill the next waiting rows, of about equal lengths, into free slots."""
@@ -665,26 +665,29 @@ class RollingBatch:
         self.first = min((row.start for row in self.rows), default=self.last)
 
     def make_room(self):
-        """Move the window back when it has come to the buffer's end, or more lies behind than in it.
+        """At the buffer's last column: move the window back over dead columns, or take more columns.
 
-        Staying near the beginning keeps the memory in use small. The longest waiting prompt must
-        still fit before the last column.
+        Few columns are taken at first, since most answers end long before their limit and memory
+        costs when it is first touched. The longest waiting prompt must still fit in front.
         """
+        if self.last < self.cache.columns:
+            return
         longest = len(self.waiting[-1]) - self.prefix if self.waiting else 0
         distance = min(self.first, self.last - longest)
-        if self.last == self.columns or distance > self.last - self.first + SPARE_COLUMNS:
-            self.cache.move_window(len(self.rows), self.first, self.last, distance)
-            self.first, self.last = self.first - distance, self.last - distance
-            for row in self.rows:
-                row.start -= distance
+        if distance < self.last // 4 and self.cache.columns < self.columns:
+            self.cache.grow(min(self.columns, 2 * self.cache.columns), len(self.rows), self.first, self.last)
+            return
+        self.cache.move_window(len(self.rows), self.first, self.last, distance)
+        self.first, self.last = self.first - distance, self.last - distance
+        for row in self.rows:
+            row.start -= distance
 
     def restart_with_half(self):
         """Out of memory: half the slots. Live rows wait again and keep their tokens."""
         self.waiting += self.rows
         self.rows = []
         self.slots //= 2
-        self.sort_waiting()
-        self.cache.allocate(self.slots, self.columns)
+        self.allocate()
         self.note(f"out of memory: going on with batch size {self.slots}, nothing lost")
 
 
@@ -771,9 +774,17 @@ class RollingCache:
         return sum(t.shape[0] * t.shape[2] * t.element_size() for pair in pairs for t in pair)
 
     def allocate(self, slots, columns):
-        self.buffers = {}  # the old ones are gone before the new ones come
+        self.buffers, self.columns = {}, columns  # the old ones are gone before the new ones come
         for layer, pair in self.prefix.items():
             self.buffers[layer] = [zeros((slots, t.shape[0], columns, t.shape[2]), t) for t in pair]
+
+    def grow(self, columns, rows, first, last):
+        """More columns, a layer at a time, so that little memory is held twice."""
+        self.columns = columns
+        for pair in self.buffers.values():
+            for i, old in enumerate(pair):
+                pair[i] = zeros((*old.shape[:2], columns, old.shape[3]), old)
+                pair[i][:rows, :, first:last] = old[:rows, :, first:last]
 
     def copy_slots(self, sources, targets, first, last):
         for pair in self.buffers.values() if targets else ():
