@@ -482,7 +482,7 @@ class Published:
 
     accuracy: float
     source: str  # "readme", or "file" where the figure is recomputed from the published output
-    inside: bool  # the figure lies in the run's interval by the published rule
+    inside: bool | None  # the figure lies in the run's interval by the published rule; None: not comparable
     protocol: str
 
 
@@ -497,7 +497,9 @@ def load_published(runs):
             accuracy = row["file"] if row["published"] is None else row["published"]
             low, high = accuracy_interval(run, "published")
             wanted = row["protocol"] | {"dataset_sha256": known["dataset_sha256"]}
-            found[run.name] = Published(accuracy, source, low <= accuracy <= high, compare_protocol(run, wanted))
+            protocol = compare_protocol(run, wanted)
+            inside = None if protocol.startswith("other") else low <= accuracy <= high
+            found[run.name] = Published(accuracy, source, inside, protocol)
     return found
 
 
@@ -593,7 +595,7 @@ def run_cells(run, published, header):
         "final answer %": with_interval(percent(run.counts["right"], run.n), accuracy_interval(run, "right")),
         "published rule %": with_interval(percent(run.counts["published"], run.n), accuracy_interval(run, "published")),
         "published %": row and f"{row.accuracy:.2f}" + (" (file)" if row.source == "file" else ""),
-        "in interval": row and ("yes" if row.inside else "no"),
+        "in interval": row and {True: "yes", False: "no", None: "-"}[row.inside],
         "protocol": row and row.protocol,
         "unfinished": f"{run.counts['unfinished']:,}",
         "at limit": None if limit is None else f"{limit:,}",
@@ -767,6 +769,7 @@ def draw_accuracies(axis, runs, published):
     for place, run in enumerate(runs):
         accuracy, (low, high) = percent(run.counts["right"], run.n), accuracy_interval(run, "right")
         row = published.get(run.name)
+        row = row if row and row.inside is not None else None
         top = place - height / 2 if row else place
         axis.barh(top, accuracy, height, color=STATUS_COLOURS["right"])
         axis.errorbar(accuracy, top, xerr=[[accuracy - low], [high - accuracy]], color="black", capsize=3, linewidth=1)

@@ -337,7 +337,8 @@ def test_a_published_figure_is_set_beside_the_interval(published_row):
     assert not published_row(80)["inside"]
 
 
-def test_another_protocol_is_named_beside_the_published_figure(published_row):
+def test_another_protocol_is_named_and_gets_no_verdict(published_row):
+    assert published_row(54, max_new_tokens=64)["inside"] is None
     assert published_row(54, max_new_tokens=64)["protocol"] == "other protocol: max_new_tokens 64, not 512"
     assert published_row(54, {"model": "demo/model"})["protocol"] == "other protocol: model model, not Qwen3-0.6B"
     assert published_row(54, dataset_sha256="")["protocol"] == "other questions"
