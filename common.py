@@ -63,7 +63,12 @@ def command_line(main):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         except UserError as error:
             script = Path(sys.modules[main.__module__].__file__ or "").name
             line, code = f"{script}: error: {' '.join(str(error).split())}", 2

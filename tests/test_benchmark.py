@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -223,6 +224,12 @@ def test_the_table_names_files_counts_and_intervals(write, capsys):
     assert header.split()[:2] == ["file", "lines"]
     assert row.split()[:5] == ["cot", "2", "50.00", "[9.45,", "90.55]"]
     assert note.startswith("cot: 1 of the 1 without an answer")
+
+
+def test_a_reader_that_stops_early_sees_no_traceback(write):
+    command = f"{shlex.quote(sys.executable)} benchmark.py {shlex.quote(write(right_where(1, 3)))} --wrong 2 | true"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == ""
 
 
 def test_what_could_steer_a_terminal_is_printed_escaped():
