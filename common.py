@@ -63,7 +63,12 @@ def command_line(main):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         except UserError as error:
             script = Path(sys.modules[main.__module__].__file__ or "").name
             line, code = f"{script}: error: {' '.join(str(error).split())}", 2
@@ -1002,7 +1007,9 @@ def answer_lines(text, after, stop):
     word = WORD.search(text, newline, stop)
     if word:
         end = text.find("\n", word.start(), stop)
-        yield text.rfind("\n", 0, word.start()) + 1, stop if end < 0 else end
+        start = text.rfind("\n", 0, word.start()) + 1
+        bullet = BULLET.match(text, start, word.start())
+        yield bullet.end() if bullet else start, stop if end < 0 else end
 
 
 def read_span(text, start, end, before_marker=False):
@@ -1019,7 +1026,8 @@ LONGEST_ANSWER = 1_000  # characters; what is longer is a loop or a listing, not
 MARKER = re.compile(r"#{4,}")
 DIGIT = re.compile("[0-9０-９¼-¾⅐-⅞]")
 WORD = re.compile(r"[^\W_]")
-BOXED = re.compile(r"\\f?boxed\s{0,9}\{([^{}]{0,200}(?:\{[^{}]{0,200}\}[^{}]{0,200}){0,9})\}")
+BULLET = re.compile(r"[ \t]*[-*•][ \t]+")
+BOXED = re.compile(r"\\boxed\s{0,9}\{([^{}]{0,200}(?:\{[^{}]{0,200}\}[^{}]{0,200}){0,9})\}")
 
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
 PLAIN = re.compile(rf"[ \t\r$*]*(-?)({NUMBER})[ \t\r$*.]*")
@@ -1037,7 +1045,7 @@ EXPRESSION = re.compile(
       | \#\)?[ *]*[xyznπ](?![A-Za-z'])         # 4x, 4 x
       | \#(?![mglshdcptwLCFVW])[A-Za-z](?![A-Za-z])  # 4b; 4m and 4h are units, 4k may be 4,000
       | \#\(                                   # 4(3)
-      | \#[.,:]\s?[0-9]                        # 1.2.3, 1,5
+      | \#[.,:_]\s?[0-9]                       # 1.2.3, 1,5, 1_000
       | [<>≤≥≠±√]                              # a range or a root
     """,
     re.VERBOSE,
@@ -1050,8 +1058,8 @@ CLOCK = re.compile(r"(?<![0-9:.,])([0-9]{1,2}):00(?![0-9:])")
 LEADING_MINUS = re.compile(r"(?:^|(?<=[:(]))\s*-\s+(?=[0-9.])")
 UNIT_EXPONENT = re.compile(r"(?<=[A-Za-z])\s*\^\s*[-+]?[0-9]+")
 
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-LATEX_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|\{,\})(?=[0-9]{3}(?![0-9]))")
+LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+LATEX_THOUSANDS = re.compile(r"(?<=[0-9]),?(?:\\[,;:! ]|\{,\})(?=[0-9]{3}(?![0-9]))")
 LATEX_COMMAND = re.compile(r"\\([A-Za-z]+|.?)")
 LATEX_SYMBOLS = {
     **dict.fromkeys(("times", "cdot"), "×"),
@@ -1124,7 +1132,7 @@ def clean_line(line):
     if not line.isascii():
         line = line.translate(TYPOGRAPHY)
     if "\\" in line or "{" in line:
-        line = LATEX_FRACTION.sub(r" \1/\2 ", LATEX_THOUSANDS.sub("", line))
+        line = LATEX_FRACTION.sub(r" \1\2/\3\4 ", LATEX_THOUSANDS.sub("", line))
         line = LATEX_COMMAND.sub(lambda command: LATEX_SYMBOLS.get(command[1], " "), line)
         line = line.replace("^ ", " ")
     for mark, meaning in MARKS:
