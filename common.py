@@ -781,14 +781,15 @@ class RollingCache:
     def allocate(self, slots, columns):
         self.buffers, self.columns = {}, columns  # the old ones are gone before the new ones come
         for layer, pair in self.prefix.items():
-            self.buffers[layer] = [zeros((slots, t.shape[0], columns, t.shape[2]), t) for t in pair]
+            # Zeros and not uninitialized memory: a weight of 0 times a stray NaN would be NaN.
+            self.buffers[layer] = [t.new_zeros(slots, t.shape[0], columns, t.shape[2]) for t in pair]
 
     def grow(self, columns, rows, first, last):
         """More columns, a layer at a time, so that little memory is held twice."""
         self.columns = columns
         for pair in self.buffers.values():
             for i, old in enumerate(pair):
-                pair[i] = zeros((*old.shape[:2], columns, old.shape[3]), old)
+                pair[i] = old.new_zeros(*old.shape[:2], columns, old.shape[3])
                 pair[i][:rows, :, first:last] = old[:rows, :, first:last]
 
     def copy_slots(self, sources, targets, first, last):
@@ -819,21 +820,6 @@ def shared_beginning(prompts):
     """The token ids that all prompts begin with; every prompt keeps at least one token of its own."""
     beginning = os.path.commonprefix(prompts)
     return beginning[: min(map(len, prompts)) - 1]
-
-
-def zeros(shape, like):
-    """Zeros in `like`'s type. Never uninitialized: a masked NaN still spoils a weighted sum.
-
-    On a CPU the pages are the operating system's, zero until first written: columns that no row
-    reaches cost nothing.
-    """
-    import numpy
-    import torch
-
-    if like.device.type != "cpu":
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    size = math.prod(shape) * like.element_size()
-    return torch.from_numpy(numpy.zeros(size, dtype=numpy.uint8)).view(like.dtype).view(shape)
 
 
 def free_memory(device):
