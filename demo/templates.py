@@ -13,10 +13,8 @@ LARGEST = 300
 
 HE = {"he": "he", "his": "his", "him": "him", "He": "He", "His": "His"}
 SHE = {"he": "she", "his": "her", "him": "her", "He": "She", "His": "Her"}
-MEN = (
-    "Ben Carlos David Eli Finn George Hugo Ivan Jack Kofi Leo Marco Noah Omar Peter Ravi Sam Tom Victor Yusuf"
-)
-WOMEN = "Amy Bella Clara Dina Emma Fatima Grace Hana Iris Julia Kate Lucy Maria Nina Olga Priya Rosa Sofia Tara Zoe"
+MEN = "Ben David Eli Finn Hugo Jack Leo Marco Omar Peter Sam Tom"
+WOMEN = "Amy Bella Clara Dina Emma Grace Hana Julia Kate Lucy Nina Rosa"
 PRONOUNS = {name: HE for name in MEN.split()} | {name: SHE for name in WOMEN.split()}
 
 SMALL_THINGS = ("marble", "sticker", "button", "shell", "stamp", "coin", "bead", "toy car")
