@@ -1,7 +1,9 @@
 """Score GSM8K completions: two readings of every answer, with intervals.
 
     python benchmark.py outputs/cot_model_outputs.jsonl outputs/thinking_model_outputs.jsonl
-    python benchmark.py FILES --json          # one object a file, for programs
+    python benchmark.py FILES --compare --published     # runs as pairs; beside the published figures
+    python benchmark.py FILES --plot runs.png --html runs.html --wrong 5
+    python benchmark.py FILES --json                    # one object a file, for programs
 
 Reads any JSONL whose lines hold `id`, `question`, `model_output` and `ground_truth_answer`; the
 further keys that `inference.py` writes are used where they stand. Nothing is loaded but text:
@@ -16,13 +18,17 @@ standard errors for several, where samples of one question are not independent.
 """
 
 import json
+import re
+import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import combinations
 from math import comb, sqrt
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
+from zlib import crc32
 
 from common import (
     PUBLISHED_KEYS,
@@ -36,6 +42,7 @@ from common import (
     read_gold,
     read_jsonl,
     score_published,
+    write_atomically,
 )
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -44,28 +51,51 @@ Z95 = NormalDist().inv_cdf(0.975)
 @command_line
 def main(argv=None):
     options = parse(argv)
-    runs = [score_run(path, options) for path in options.files]
+    runs = name_runs([score_run(path, options) for path in options.files])
+    published = load_published(runs) if options.published else {}
+    comparisons = compare_runs(runs) if options.compare else []
     if options.json:
-        print(json.dumps([summary(run) for run in runs], indent=2))
-        return
-    print_table(runs)
-    for line in notes(runs):
-        print(printable(line))
+        print(json.dumps([summary(run, published, comparisons) for run in runs], indent=2))
+    else:
+        report(runs, published, comparisons, markdown=options.markdown)
+    for run in runs if options.wrong else ():
+        print_wrong(run, options)
+    if options.plot:
+        plot(runs, published, options.plot)
+    if options.html:
+        write_page(runs, published, comparisons, options)
 
 
 def parse(argv):
     parser = ArgumentParser(description="Score GSM8K completions: two readings of every answer, with intervals.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSONL files of completions")
-    parser.add_argument("--json", action="store_true", help="print one JSON array, an object a file, and no table")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON array, an object a file, and no table")
+    output.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--compare", action="store_true", help="test every two files as pairs over their questions")
+    parser.add_argument("--published", action="store_true", help="set known rows beside their published figures")
+    parser.add_argument(
+        "--wrong", type=int, default=0, metavar="N", help="print N answers of each file that are not right"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracies and what became of the answers")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page for reading the answers")
     parser.add_argument(
         "--thinking",
         choices=("yes", "no"),
-        help="whether every completion began or may begin a thought; default: as lines and texts say",
+        help="whether completions may hold a thought, open from the start; default: as lines and texts say",
     )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="count lines that cannot be read, and score the rest"
-    )
-    return parser.parse_args(argv)
+    parser.add_argument("--skip-bad", action="store_true", help="count lines that cannot be read, and score the rest")
+    options = parser.parse_args(argv)
+    if options.wrong < 0:
+        raise UserError(f"--wrong {options.wrong}: pass how many answers to print, 1 or more")
+    if options.wrong and options.json:
+        raise UserError("--wrong prints text, --json nothing but JSON: pass one of them")
+    if options.compare and len(options.files) < 2:
+        raise UserError("--compare: pass two files or more")
+    for flag, path, ending in (("--plot", options.plot, ".png"), ("--html", options.html, ".html")):
+        if path and (path.suffix.lower() != ending or not path.parent.is_dir() or path.is_dir()):
+            raise UserError(f"{flag} {path}: pass a file that ends in {ending}, in a folder that exists")
+    return options
 
 
 # ------------------------------------------------------------------------------------------
@@ -110,9 +140,7 @@ def check_row(row):
     for key, kind in OPTIONAL_KEYS.items():
         value = row.get(key)
         if value is not None and (type(value) is not kind or (kind is int and not 0 <= value < 2**31)):
-            raise UserError(
-                f"{key!r} must be {'a count' if kind is int else kind.__name__}, this is {value!r:.40}"
-            )
+            raise UserError(f"{key!r} must be {'a count' if kind is int else kind.__name__}, this is {value!r:.40}")
     answer = row["ground_truth_answer"]
     return Row(
         row["id"],
@@ -154,6 +182,9 @@ def thought(row, prefilled, override=None):
 # ------------------------------------------------------------------------------------------
 
 
+ASKED_FORMAT = re.compile(r"#### ?-?[0-9][0-9,]*(\.[0-9]+)?\s*\Z")
+
+
 @dataclass
 class Rows:
     """What votes and comparisons need of every line: under 30 bytes a line, in the file's order."""
@@ -174,6 +205,7 @@ class Run:
     questions: int
     counts: Counter  # lines by status and by the other facts that `score_rows` counts
     skipped: int
+    prefilled: bool
     rows: Rows | None
 
     @property
@@ -185,10 +217,20 @@ class Run:
         return self.questions < self.n
 
 
+def name_runs(runs):
+    """Runs of the same file name in several folders go by their paths."""
+    names = Counter(run.name for run in runs)
+    for run in runs:
+        if names[run.name] > 1:
+            run.name = str(run.path.with_suffix(""))
+    return runs
+
+
 def score_run(path, options):
     """Score a file: as a stream where it is in order with one sample a question, else with its rows kept."""
     prefilled = not options.thinking and was_prefilled(path, options.skip_bad)
-    run = score_rows(path, options, prefilled, keep=False) or score_rows(path, options, prefilled, keep=True)
+    run = None if options.compare else score_rows(path, options, prefilled, keep=False)
+    run = run or score_rows(path, options, prefilled, keep=True)
     if not run.n:
         raise UserError(f"{path}: holds no line to score")
     return run
@@ -205,6 +247,7 @@ def score_rows(path, options, prefilled, keep):
         reading = read_final(row.text, thought(row, prefilled, options.thinking))
         status = grade(reading, row.gold)
         counts["lines"] += 1
+        counts["bytes"] += len(row.text) if row.text.isascii() else len(row.text.encode("utf-8", "replace"))
         counts[status] += 1
         published = score_published(row.text, row.answer)
         counts["published"] += published
@@ -214,7 +257,12 @@ def score_rows(path, options, prefilled, keep):
         if row.output_tokens is not None:
             counts["output_tokens_lines"] += 1
             counts["output_tokens"] += row.output_tokens
-        if status == "no_answer":
+        if status == "right":
+            counts["worked"] += "=" in row.text[reading.start : reading.end]
+            counts["off_format"] += not ASKED_FORMAT.search(row.text, max(0, len(row.text) - 80))
+        elif status == "unfinished":
+            counts["unfinished_published"] += published
+        elif status == "no_answer":
             counts["no_answer_right"] += last_number(row.text.rpartition("</think>")[2]) == row.gold
         if keep:
             rows.questions.append(hash((row.id, row.question, row.answer)))
@@ -223,7 +271,7 @@ def score_rows(path, options, prefilled, keep):
             rows.published.append(published)
             rows.answers.append(-1 if reading.number is None else numbers.setdefault(reading.number, len(numbers)))
     questions = count_questions(path, rows) if keep else counts["lines"]
-    return Run(path, path.name.removesuffix(".jsonl"), questions, counts, len(bad), rows if keep else None)
+    return Run(path, path.name.removesuffix(".jsonl"), questions, counts, len(bad), prefilled, rows if keep else None)
 
 
 def count_questions(path, rows):
@@ -334,6 +382,147 @@ def vote(answers):
 
 
 # ------------------------------------------------------------------------------------------
+# Comparison
+# ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison:
+    """Two runs over the same questions: accuracies, difference and interval in percentage points."""
+
+    first: str
+    second: str
+    accuracies: tuple
+    difference: float  # first - second
+    interval: tuple  # 95 %, of the paired difference
+    first_only: int  # questions where the first run is right and the second is not, or right more often
+    second_only: int
+    test: str
+    p: float
+    p_holm: float = 1.0
+
+
+def compare_runs(runs):
+    """A Comparison for every two runs; UserError where two do not hold the same questions."""
+    means = [question_means(run) for run in runs]
+    comparisons = []
+    for (a, (questions_a, means_a)), (b, (questions_b, means_b)) in combinations(zip(runs, means, strict=True), 2):
+        if len(questions_a) != len(questions_b) or (questions_a != questions_b).any():
+            shared = len(set(questions_a.tolist()) & set(questions_b.tolist()))
+            raise UserError(
+                f"--compare: {a.path} holds {a.questions:,} questions and {b.path} {b.questions:,}, {shared:,} the "
+                "same; compare files of the same questions"
+            )
+        comparisons.append(compare(a, b, means_a, means_b))
+    # Holm (1979): the i-th smallest of m p-values times m - i, never below the one before it.
+    least = 0.0
+    for i, comparison in enumerate(sorted(comparisons, key=lambda comparison: comparison.p)):
+        least = comparison.p_holm = max(least, min(1.0, (len(comparisons) - i) * comparison.p))
+    return comparisons
+
+
+def question_means(run):
+    """The questions of a run in the order of their hashes, and the share of right samples of each."""
+    import numpy
+
+    questions, line = numpy.unique(numpy.asarray(run.rows.questions), return_inverse=True)
+    right = numpy.bincount(line, numpy.frombuffer(run.rows.right, dtype=numpy.uint8))
+    return questions, right / numpy.bincount(line)
+
+
+def compare(a, b, means_a, means_b):
+    """One value a question, so samples of a question are never taken for independent.
+
+    The interval is Student's for the mean paired difference. With one sample a question p is
+    McNemar's exact test on the discordant pairs; with several it is that of the paired t-test.
+    """
+    from scipy.stats import binomtest, ttest_rel
+
+    differences = means_a - means_b
+    first_only, second_only = int((differences > 0).sum()), int((differences < 0).sum())
+    low, high, p_paired = 0.0, 0.0, 1.0  # where no question differs, t is 0/0
+    if len(differences) < 2:
+        low, high = -1.0, 1.0
+    elif (differences != differences[0]).any():
+        paired = ttest_rel(means_a, means_b)
+        (low, high), p_paired = paired.confidence_interval(), float(paired.pvalue)
+    elif differences[0]:
+        low = high = differences[0]
+        p_paired = 0.0
+    if a.several or b.several:
+        test, p = "paired t-test", p_paired
+    else:
+        discordant = first_only + second_only
+        test, p = "exact McNemar", binomtest(first_only, discordant).pvalue if discordant else 1.0
+    return Comparison(
+        a.name,
+        b.name,
+        (percent(means_a.mean(), 1), percent(means_b.mean(), 1)),
+        percent(differences.mean(), 1),
+        (percent(low, 1), percent(high, 1)),
+        first_only,
+        second_only,
+        test,
+        float(p),
+    )
+
+
+# ------------------------------------------------------------------------------------------
+# Published figures
+# ------------------------------------------------------------------------------------------
+
+PUBLISHED_FILE = Path(__file__).parent / "results" / "published.json"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published row beside a run: its figure in percent, and how the run's protocol compares."""
+
+    accuracy: float
+    source: str  # "readme", or "file" where the figure is recomputed from the published output
+    inside: bool  # the figure lies in the run's interval by the published rule
+    protocol: str
+
+
+def load_published(runs):
+    """The Published of each run whose name is that of a published row, by run name."""
+    known = json.loads(PUBLISHED_FILE.read_text())
+    found = {}
+    for run in runs:
+        row = known["rows"].get(run.path.name.removesuffix(".jsonl"))
+        if row:
+            source = "file" if row["published"] is None else "readme"
+            accuracy = row["file"] if row["published"] is None else row["published"]
+            low, high = accuracy_interval(run, "published")
+            wanted = row["protocol"] | {"dataset_sha256": known["dataset_sha256"]}
+            found[run.name] = Published(accuracy, source, low <= accuracy <= high, compare_protocol(run, wanted))
+    return found
+
+
+def compare_protocol(run, wanted):
+    record = read_record(run.path)
+    if record is None:
+        return "no run record"
+    made = record["decides"] | {"model": Path(str(record["segments"][-1].get("model"))).name}
+    differing = [key for key in wanted if made.get(key) != wanted[key]]
+    if "dataset_sha256" in differing:
+        return "other questions"
+    if differing:
+        return "other protocol: " + ", ".join(f"{key} {made.get(key)}, not {wanted[key]}" for key in differing)
+    return "same protocol, our wording"
+
+
+def read_record(path):
+    """The run record beside a file, or None where there is none that can be read."""
+    try:
+        record = json.loads(path.with_suffix(".run.json").read_text())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("decides"), dict) and record.get("segments")
+    return record if whole else None
+
+
+# ------------------------------------------------------------------------------------------
 # Reports
 # ------------------------------------------------------------------------------------------
 
@@ -343,7 +532,7 @@ def truncated(run):
     return run.counts["truncated"] if run.counts["finish_reason"] == run.n else None
 
 
-def summary(run):
+def summary(run, published, comparisons):
     """What --json prints of a file: counts of lines, accuracies and intervals in percent."""
     facts = {
         "path": str(run.path),
@@ -361,7 +550,12 @@ def summary(run):
         "no_answer_right": run.counts["no_answer_right"],
         "output_tokens_mean": mean_tokens(run),
     }
-    return facts | (vars(count_votes(run)) if run.several else {})
+    if run.several:
+        facts |= vars(count_votes(run))
+    if run.name in published:
+        facts["published"] = vars(published[run.name])
+    pairs = [vars(comparison) for comparison in comparisons if comparison.first == run.name]
+    return facts | ({"compared": pairs} if pairs else {})
 
 
 def mean_tokens(run):
@@ -369,59 +563,155 @@ def mean_tokens(run):
     return run.counts["output_tokens"] / run.n if run.counts["output_tokens_lines"] == run.n else None
 
 
-COLUMNS = (
-    "file",
-    "lines",
-    "final answer %",
-    "published rule %",
-    "unfinished",
-    "at limit",
-    "no answer",
-    "ambiguous",
-)
+def report(runs, published, comparisons, markdown):
+    """The table of runs, that of comparisons, and notes, as text or as Markdown."""
+    render, bullet = (render_markdown, "- ") if markdown else (render_text, "")
+    print(render(run_table(runs, published)))
+    if comparisons:
+        print("\n" + render(comparison_table(comparisons)))
+    lines = [bullet + printable(note) for note in notes(runs, comparisons)]
+    if lines:
+        print("\n" + "\n".join(lines))
 
 
-def table_row(run):
-    limit = truncated(run)
-    return (
-        run.name,
-        f"{run.n:,}",
-        with_interval(percent(run.counts["right"], run.n), accuracy_interval(run, "right")),
-        with_interval(percent(run.counts["published"], run.n), accuracy_interval(run, "published")),
-        *(f"{count:,}" if count is not None else "-" for count in (run.counts["unfinished"], limit)),
-        *(f"{run.counts[status]:,}" for status in ("no_answer", "ambiguous")),
-    )
+def run_table(runs, published):
+    """Rows of cells, the first being the header."""
+    header = ["file", "lines", "final answer %", "published rule %"]
+    header += ["published %", "in interval", "protocol"] if published else []
+    header += ["unfinished", "at limit", "no answer", "ambiguous"]
+    header += ["tokens"] if any(mean_tokens(run) for run in runs) else []
+    return [header, *(run_cells(run, published, header) for run in runs)]
 
 
-def with_interval(value, interval):
-    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+def run_cells(run, published, header):
+    limit, tokens, row = truncated(run), mean_tokens(run), published.get(run.name)
+    cells = {
+        "file": run.name,
+        "lines": f"{run.n:,}",
+        "final answer %": with_interval(percent(run.counts["right"], run.n), accuracy_interval(run, "right")),
+        "published rule %": with_interval(percent(run.counts["published"], run.n), accuracy_interval(run, "published")),
+        "published %": row and f"{row.accuracy:.2f}" + (" (file)" if row.source == "file" else ""),
+        "in interval": row and ("yes" if row.inside else "no"),
+        "protocol": row and row.protocol,
+        "unfinished": f"{run.counts['unfinished']:,}",
+        "at limit": None if limit is None else f"{limit:,}",
+        "no answer": f"{run.counts['no_answer']:,}",
+        "ambiguous": f"{run.counts['ambiguous']:,}",
+        "tokens": None if tokens is None else f"{tokens:,.0f}",
+    }
+    return [cells[column] or "-" for column in header]
 
 
-def print_table(runs):
-    rows = [COLUMNS, *(tuple(printable(cell) for cell in table_row(run)) for run in runs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+def comparison_table(comparisons):
+    header = ["first", "second", "difference, points", "right in first only", "in second only", "p", "p (Holm)"]
+    return [header] + [
+        [
+            pair.first,
+            pair.second,
+            with_interval(pair.difference, pair.interval, "+"),
+            f"{pair.first_only:,}",
+            f"{pair.second_only:,}",
+            f"{pair.p:.2g}",
+            f"{pair.p_holm:.2g}",
+        ]
+        for pair in comparisons
+    ]
 
 
-def notes(runs):
-    """Lines for under the table, where a figure alone would mislead."""
+def with_interval(value, interval, sign=""):
+    return f"{value:{sign}.2f} [{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]"
+
+
+WORDS = ("file", "first", "second", "protocol")  # columns set to the left; figures go to the right
+
+
+def render_text(table):
+    table = [[printable(cell) for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    left = [header in WORDS for header in table[0]]
+    lines = []
+    for row in table:
+        cells = zip(row, widths, left, strict=True)
+        lines.append("  ".join(cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def render_markdown(table):
+    table = [[printable(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
+    ruler = ["---" if header in WORDS else "---:" for header in table[0]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (table[0], ruler, *table[1:]))
+
+
+MISLEADING = 0.02  # share of lines from which a note is worth its line
+
+
+def notes(runs, comparisons):
+    """Lines in plain words, where a figure alone would mislead."""
     for run in runs:
-        if run.skipped:
-            yield f"{run.name}: {run.skipped:,} lines could not be read and are left out"
-        if run.counts["no_answer_right"]:
-            yield (
-                f"{run.name}: {run.counts['no_answer_right']:,} of {run.counts['no_answer']:,} answers without `####` "
-                "or box end in the right number: a matter of format, not of arithmetic"
+        for note in run_notes(run):
+            yield f"{run.name}: {note}"
+    for pair in comparisons:
+        if pair.p_holm >= 0.05:
+            yield f"no difference shown between {pair.first} and {pair.second} ({pair.test}, p = {pair.p_holm:.2g})"
+
+
+def run_notes(run):
+    counts, right = run.counts, run.counts["right"]
+    finished = run.n - counts["unfinished"]
+    if run.skipped:
+        yield f"{run.skipped:,} lines could not be read and are left out"
+    if counts["unfinished"] > MISLEADING * run.n:
+        of_those = f"; of those that did, {percent(right, finished):.0f} % were right" if finished else ""
+        counted = f" (the published rule counts {counts['unfinished_published']:,} of them right)"
+        yield (
+            f"{percent(counts['unfinished'], run.n):.0f} % of the answers never finished"
+            f"{counted if counts['unfinished_published'] else ''}{of_those}: raise --max-new-tokens"
+        )
+    elif (truncated(run) or 0) > MISLEADING * run.n:
+        yield f"{percent(truncated(run), run.n):.0f} % of the answers were cut at the limit: raise --max-new-tokens"
+    if counts["worked"] > 0.1 * right:
+        yield (
+            f"{percent(counts['worked'], right):.0f} % of the right answers worked the problem out after `####`: "
+            "this is not a direct answer"
+        )
+    if counts["off_format"]:
+        yield f"{counts['off_format']:,} answers were right but not in the asked format, `#### 18` alone on the last line"
+    if counts["no_answer_right"]:
+        yield (
+            f"{counts['no_answer_right']:,} of the {counts['no_answer']:,} without an answer "
+            "end in the right number: a matter of format, not of arithmetic"
+        )
+    if run.several:
+        votes = count_votes(run)
+        k = len(votes.pass_at)
+        yield (
+            f"{run.questions:,} questions, pass@{k} {votes.pass_at[-1]:.2f}, maj@{k} "
+            f"{with_interval(votes.majority_at[-1], votes.majority_interval)}; "
+            f"{votes.ties:,} tied votes went to the answer given first"
+        )
+
+
+def print_wrong(run, options):
+    """The first --wrong answers of a run that are not right: question, gold, what was read, the end."""
+    shown = 0
+    for row, reading, status in read_again(run, options):
+        if status != "right" and shown < options.wrong:
+            shown += 1
+            read = status.replace("_", " ") if reading.number is None else f"read {reading.number}"
+            print(
+                f"\n--- {printable(run.name)}, id {printable(str(row.id))}, sample {row.sample}: {read}, gold {row.gold}"
             )
-        if run.several:
-            votes = count_votes(run)
-            k = len(votes.pass_at)
-            yield (
-                f"{run.name}: {run.questions:,} questions, pass@{k} {votes.pass_at[-1]:.2f}, maj@{k} "
-                f"{with_interval(votes.majority_at[-1], votes.majority_interval)}; "
-                f"{votes.ties:,} tied votes went to the answer given first"
-            )
+            print(printable(row.question))
+            print("..." + printable(row.text[-400:]) if len(row.text) > 400 else printable(row.text))
+
+
+def read_again(run, options, share=1.0):
+    """(Row, Reading, status) of a share of the questions once more, for what shows texts: a Run keeps none."""
+    for row in read_rows(run.path, [] if options.skip_bad else None):
+        if share < 1 and crc32(row.question.encode("utf-8", "surrogatepass")) >= share * 2**32:
+            continue
+        reading = read_final(row.text, thought(row, run.prefilled, options.thinking))
+        yield row, reading, grade(reading, row.gold)
 
 
 def printable(text):
@@ -429,9 +719,442 @@ def printable(text):
     if text.isprintable():
         return text
     return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
     )
+
+
+# ------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette, told apart by people with any colour vision; the order is that of STATUSES.
+STATUS_COLOURS = dict(zip(STATUSES, ("#0072B2", "#D55E00", "#999999", "#F0E442", "#CC79A7"), strict=True))
+
+
+def plot(runs, published, path):
+    """Accuracies with intervals and published figures; what became of the answers; accuracy by tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = 3 if any(mean_tokens(run) for run in runs) else 2
+    size = (1.8 + 3.1 * panels, 1.6 + 0.5 * max(len(runs), 4))  # inches; at README width 1 inch is about 80 pixels
+    figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained")
+    names = [f"{wrap_name(run.name)}  {number}" for number, run in enumerate(runs, 1)]
+    draw_accuracies(axes[0], runs, names, published)
+    draw_statuses(axes[1], runs)
+    if panels == 3:
+        draw_tokens(axes[2], runs)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UserError(f"--plot {path}: cannot be written: {error.strerror}") from error
+    finally:
+        pyplot.close(figure)
+
+
+def wrap_name(name):
+    """The name on lines of about 24 characters, broken after `-` and `_`; `$` starts no formula."""
+    lines = [""]
+    for part in re.findall(r"[^-_]*[-_]?", printable(name).replace("$", r"\$")):
+        if len(lines[-1]) + len(part) > 24 and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def draw_accuracies(axis, runs, names, published):
+    height = 0.36 if published else 0.6
+    for place, run in enumerate(runs):
+        accuracy, (low, high) = percent(run.counts["right"], run.n), accuracy_interval(run, "right")
+        row = published.get(run.name)
+        top = place - height / 2 if row else place
+        axis.barh(top, accuracy, height, color=STATUS_COLOURS["right"])
+        axis.errorbar(accuracy, top, xerr=[[accuracy - low], [high - accuracy]], color="black", capsize=3, linewidth=1)
+        axis.text(high + 2, top, f"{accuracy:.1f}", va="center")
+        if row:
+            axis.barh(top + height, row.accuracy, height, color="#BBBBBB")
+            axis.text(row.accuracy + 2, top + height, f"{row.accuracy:.1f}", va="center", color="#555555")
+    axis.set(xlim=(0, 118), xticks=range(0, 101, 20), xlabel="right, %, with 95 % interval")
+    axis.set_yticks(range(len(runs)), names)
+    axis.invert_yaxis()
+    axis.bar(0, 0, color=STATUS_COLOURS["right"], label="measured, by final answer")
+    if published:
+        axis.bar(0, 0, color="#BBBBBB", label="published, by its own rule")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+
+
+def draw_statuses(axis, runs):
+    left = [0.0] * len(runs)
+    for status, colour in STATUS_COLOURS.items():
+        shares = [percent(run.counts[status], run.n) for run in runs]
+        label = status.replace("_", " ")
+        axis.barh(
+            range(len(runs)), shares, left=left, height=0.6, color=colour, edgecolor="white", linewidth=0.5, label=label
+        )
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    axis.set(xlim=(0, 100), xlabel="answers, %")
+    axis.set_yticks(range(len(runs)), range(1, len(runs) + 1))
+    axis.invert_yaxis()
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+
+
+def draw_tokens(axis, runs):
+    """A point a run that counts its tokens, with the run's number; runs nearly on one spot share a label."""
+    widest = max(mean_tokens(run) or 0 for run in runs)
+    labels = {}
+    for number, run in enumerate(runs, 1):
+        tokens = mean_tokens(run)
+        if tokens is None:
+            continue
+        accuracy, (low, high) = percent(run.counts["right"], run.n), accuracy_interval(run, "right")
+        error = [[accuracy - low], [high - accuracy]]
+        axis.errorbar(tokens, accuracy, yerr=error, fmt="o", color=STATUS_COLOURS["right"], ecolor="black", capsize=3)
+        spot = next(
+            (spot for spot in labels if abs(spot[0] - tokens) < 0.05 * widest and abs(spot[1] - accuracy) < 5),
+            (tokens, accuracy),
+        )
+        labels.setdefault(spot, []).append(str(number))
+    for spot, numbers in labels.items():
+        label = ",\n".join(", ".join(numbers[start : start + 4]) for start in range(0, len(numbers), 4))
+        axis.annotate(label, spot, (8, 0), textcoords="offset points", va="center")
+    axis.set(xlabel="output tokens, mean", ylabel="right by final answer, %", ylim=(0, 100))
+    axis.set_xlim(0, 1.25 * widest)
+
+
+# ------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------
+
+PAGE_BYTES = 20_000_000  # of completions that go into a page whole; of more, a sample of the questions
+
+
+def write_page(runs, published, comparisons, options):
+    """One file for reading the answers in a browser, without network.
+
+    What a model wrote reaches the page as JSON inside a script element and is shown as text nodes
+    alone, and the template escapes all else. Where the files are too large, the same share of the
+    questions is taken from each, chosen by a checksum of their text.
+    """
+    import jinja2
+
+    share = min(1.0, PAGE_BYTES / max(1, sum(run.counts["bytes"] for run in runs)))
+    questions = {}
+    for place, run in enumerate(runs):
+        for row, reading, status in read_again(run, options, share):
+            key = row.id, row.question, row.answer
+            empty = {"id": row.id, "question": row.question, "answer": row.answer, "outputs": [[] for _ in runs]}
+            output = page_output(row, reading, status)
+            questions.setdefault(key, empty)["outputs"][place].append(output)
+    warning = ""
+    if share < 1:
+        kept, total = len(questions), max(run.questions for run in runs)
+        warning = f"The files are large: this page holds a sample of {kept:,} of {total:,} questions."
+        print(f"--html: {warning}", file=sys.stderr)
+    environment = jinja2.Environment(autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    page = environment.from_string(PAGE).render(
+        tables=[run_table(runs, published)] + ([comparison_table(comparisons)] if comparisons else []),
+        words=WORDS,
+        notes=list(notes(runs, comparisons)),
+        warning=warning,
+        colours=STATUS_COLOURS,
+        data={
+            "statuses": STATUSES,
+            "runs": [run.name for run in runs],
+            "questions": sorted(questions.values(), key=lambda question: (str(type(question["id"])), question["id"])),
+        },
+    )
+    try:
+        # Half of a surrogate pair is legal in JSON and cannot be written as UTF-8.
+        write_atomically(options.html, SURROGATE.sub("\ufffd", page))
+    except OSError as error:
+        raise UserError(f"--html {options.html}: cannot be written: {error.strerror}") from error
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def page_output(row, reading, status):
+    """One completion for the page: its text in four parts, thought, before, what was read, after."""
+    close = row.text.rfind("</think>")
+    answer = len(row.text) if status == "unfinished" else 0 if close < 0 else close + len("</think>")
+    answer = len(row.text) - len(row.text[answer:].lstrip())  # blank lines go with the thought
+    start, end = (max(answer, reading.start), reading.end) if reading.end else (len(row.text), len(row.text))
+    return {
+        "sample": row.sample,
+        "status": STATUSES.index(status),
+        "read": None if reading.number is None else str(reading.number),
+        "tokens": row.output_tokens,
+        "finish": row.finish_reason,
+        "parts": [row.text[:answer], row.text[answer:start], row.text[start:end], row.text[end:]],
+    }
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>GSM8K answers</title>
+<style>
+:root { {% for status, colour in colours.items() %}--{{ status }}: {{ colour }}; {% endfor %} }
+{% raw %}
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 0 16px; color: #1a1a1a; }
+[hidden] { display: none !important; }
+h1 { font-size: 20px; }
+table { border-collapse: collapse; margin: 12px 0; font-size: 13px; display: block; overflow-x: auto; }
+th, td { padding: 3px 8px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th.words, td.words { text-align: left; }
+ul.notes { font-size: 13px; padding-left: 18px; }
+.warning, #error:not(:empty) { background: #fff3cd; border: 1px solid #d8b24a; padding: 8px 12px; }
+#controls { position: sticky; top: 0; background: #fff; border-bottom: 2px solid #888; padding: 8px 0; z-index: 1; }
+#search { font: inherit; padding: 5px 8px; width: min(420px, 60%); }
+#filters { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 2px 24px;
+  margin-top: 6px; font-size: 13px; }
+#filters div { display: flex; justify-content: space-between; }
+#filters label { display: inline-flex; align-items: center; gap: 4px; overflow-wrap: anywhere; }
+.hint { color: #666; font-size: 12px; }
+.question { border-bottom: 1px solid #e5e5e5; content-visibility: auto; contain-intrinsic-size: auto 32px; }
+.question > button { all: unset; box-sizing: border-box; display: flex; gap: 10px; width: 100%; padding: 5px 4px;
+  cursor: pointer; align-items: center; }
+.question > button:focus-visible { outline: 3px solid #0072B2; outline-offset: -3px; }
+.question > button .id { color: #666; min-width: 44px; text-align: right; }
+.question > button .asked { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.question.open { content-visibility: visible; background: #f6f8fa; }
+.question.open > button .asked { white-space: normal; font-weight: 600; }
+.chip { display: inline-block; box-sizing: border-box; min-width: 22px; height: 20px; line-height: 20px; padding: 0 4px;
+  text-align: center; font-size: 12px; border-radius: 3px; color: #000; background: #eee; }
+.chip.right { background: var(--right); color: #fff; }
+.chip.wrong { background: var(--wrong); }
+.chip.unfinished { background: var(--unfinished); }
+.chip.no_answer { background: var(--no_answer); }
+.chip.ambiguous { background: var(--ambiguous); }
+.opened { padding: 4px 8px 16px; }
+.outputs { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(340px, 1fr); gap: 12px; overflow-x: auto; }
+.output { border: 1px solid #ccc; background: #fff; padding: 8px 10px; margin-bottom: 8px; }
+.run { font-weight: 600; overflow-wrap: anywhere; }
+.facts { font-size: 13px; color: #444; margin: 4px 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0; font: 13px/1.45 ui-monospace, monospace;
+  unicode-bidi: isolate; }
+details > pre { color: #555; border-left: 3px solid #ccc; padding-left: 8px; }
+mark { background: #ffe08a; }
+</style>
+{% endraw %}
+</head>
+<body>
+<h1>GSM8K answers</h1>
+<div id="error" role="alert"></div>
+{% if warning %}<p class="warning">{{ warning }}</p>{% endif %}
+{% for table in tables %}
+<table>
+<tr>{% for cell in table[0] %}<th{% if cell in words %} class="words"{% endif %}>{{ cell }}</th>{% endfor %}</tr>
+{% for row in table[1:] %}
+<tr>{% for cell in row %}<td{% if table[0][loop.index0] in words %} class="words"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endfor %}
+<ul class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
+<div id="controls">
+  <input id="search" type="search" placeholder="Search questions, answers and outputs" aria-label="Search">
+  <span id="count" aria-live="polite"></span>
+  <button id="reset" type="button">Reset</button>
+  <span class="hint">/ search &middot; j, k next and previous question &middot; Esc close</span>
+  <div id="filters"></div>
+</div>
+<main id="questions"></main>
+<script type="application/json" id="data">{{ data|tojson }}</script>
+{% raw %}
+<script>
+"use strict";
+window.addEventListener("error", event => {
+  document.getElementById("error").textContent = "This page has an error: " + event.message;
+});
+
+const { statuses, runs, questions } = JSON.parse(document.getElementById("data").textContent);
+const MARKS = { right: "✓", wrong: "✗", unfinished: "…", no_answer: "∅", ambiguous: "?" };
+const words = status => status.replace("_", " ");
+const byId = id => document.getElementById(id);
+
+function make(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+
+// The whole state of the view. It lives in the URL's fragment, so that a view can be shared.
+let state;
+
+function readState() {
+  const fragment = new URLSearchParams(location.hash.slice(1));
+  const shown = fragment.get("show");
+  state = {
+    search: fragment.get("search") || "",
+    filters: runs.map((_, run) => fragment.get("run" + run) || ""),
+    shown: runs.map((_, run) => shown === null || shown.split(",").includes(String(run))),
+    open: fragment.get("open"),
+  };
+}
+
+function writeState() {
+  const fragment = new URLSearchParams();
+  if (state.search) fragment.set("search", state.search);
+  state.filters.forEach((filter, run) => { if (filter) fragment.set("run" + run, filter); });
+  if (state.shown.includes(false)) fragment.set("show", runs.map((_, run) => run).filter(run => state.shown[run]));
+  if (state.open !== null) fragment.set("open", state.open);
+  history.replaceState(null, "", "#" + fragment);
+  render();
+}
+
+// A question passes a run's filter where any of its samples does.
+function passes(outputs, filter) {
+  if (filter === "not_right") return outputs.some(output => statuses[output.status] !== "right");
+  return !filter || outputs.some(output => statuses[output.status] === filter);
+}
+
+const haystacks = new Map();
+function haystack(question) {
+  if (!haystacks.has(question)) {
+    const texts = question.outputs.flat().map(output => output.parts.join(""));
+    haystacks.set(question, [question.id, question.question, question.answer, ...texts].join("\n").toLowerCase());
+  }
+  return haystacks.get(question);
+}
+
+const rows = questions.map(question => {
+  const chips = question.outputs.map((outputs, run) => {
+    const right = outputs.filter(output => statuses[output.status] === "right").length;
+    const status = !outputs.length ? "" : right * 2 > outputs.length ? "right" : statuses[outputs.find(
+      output => statuses[output.status] !== "right").status];
+    const label = outputs.length > 1 ? right + "/" + outputs.length : MARKS[status] || "-";
+    const told = outputs.length > 1 ? right + " of " + outputs.length + " right" : words(status);
+    return make("span", { className: "chip " + status, textContent: label, title: runs[run] + ": " + told });
+  });
+  const button = make("button", { type: "button" },
+    make("span", { className: "id", textContent: question.id }),
+    make("span", { className: "asked", textContent: question.question }), ...chips);
+  const node = make("div", { className: "question" }, button);
+  button.addEventListener("click", () => {
+    state.open = state.open === String(question.id) ? null : String(question.id);
+    writeState();
+  });
+  return { question, node, button, chips, opened: null };
+});
+
+function showOutput(output) {
+  const status = statuses[output.status];
+  const [thought, before, read, after] = output.parts;
+  const facts = [output.read === null ? "nothing read" : "read " + output.read];
+  if (output.tokens !== null) facts.push(output.tokens + " tokens");
+  if (output.finish === "length") facts.push("cut at the limit");
+  if (output.sample) facts.push("sample " + output.sample);
+  const node = make("div", { className: "output" },
+    make("div", { className: "facts" },
+      make("span", { className: "chip " + status, textContent: MARKS[status] + " " + words(status) }),
+      " " + facts.join(" · ")));
+  if (thought) {
+    const told = (status === "unfinished" ? "thought, never closed, " : "thought, ") + thought.length + " characters";
+    node.append(make("details", {}, make("summary", { textContent: told }), make("pre", { textContent: thought })));
+  }
+  const text = make("pre", {}, before);
+  if (read) text.append(make("mark", { textContent: read }));
+  text.append(after);
+  if (before || read || after) node.append(text);
+  return node;
+}
+
+function openRow(row) {
+  const columns = row.question.outputs.map((outputs, run) => state.shown[run] &&
+    make("div", { className: "column" }, make("div", { className: "run", textContent: runs[run] }),
+      ...outputs.map(showOutput), outputs.length ? "" : "not in this file")).filter(Boolean);
+  row.opened = make("div", { className: "opened" },
+    make("details", {}, make("summary", { textContent: "gold: " + row.question.answer.split("####").pop().trim() }),
+      make("pre", { textContent: row.question.answer })),
+    make("div", { className: "outputs" }, ...columns));
+  row.node.append(row.opened);
+}
+
+function render() {
+  const needle = state.search.toLowerCase();
+  let count = 0;
+  for (const row of rows) {
+    const fits = row.question.outputs.every((outputs, run) => passes(outputs, state.filters[run])) &&
+      (!needle || haystack(row.question).includes(needle));
+    row.node.hidden = !fits;
+    count += fits;
+    const open = fits && state.open === String(row.question.id);
+    if (row.opened) row.opened.remove();
+    row.opened = null;
+    row.node.classList.toggle("open", open);
+    row.button.setAttribute("aria-expanded", open);
+    row.chips.forEach((chip, run) => { chip.hidden = !state.shown[run]; });
+    if (open) openRow(row);
+  }
+  byId("count").textContent = count.toLocaleString("en") + " of " + rows.length.toLocaleString("en") + " questions";
+  if (byId("search").value !== state.search) byId("search").value = state.search;
+  controls.forEach(({ show, filter }, run) => {
+    show.checked = state.shown[run];
+    filter.value = state.filters[run];
+  });
+}
+
+const controls = runs.map((name, run) => {
+  const show = make("input", { type: "checkbox", title: "show " + name });
+  const filter = make("select", { title: "which answers of " + name });
+  for (const value of ["", ...statuses, "not_right"])
+    filter.append(make("option", { value, textContent: value ? words(value) : "any" }));
+  show.addEventListener("change", () => { state.shown[run] = show.checked; writeState(); });
+  filter.addEventListener("change", () => { state.filters[run] = filter.value; writeState(); });
+  byId("filters").append(make("div", {}, make("label", {}, show, name), " ", filter));
+  return { show, filter };
+});
+
+function move(step) {
+  const visible = rows.filter(row => !row.node.hidden);
+  const now = visible.findIndex(row => String(row.question.id) === state.open);
+  const next = visible[now < 0 ? (step > 0 ? 0 : visible.length - 1) : now + step];
+  if (!next) return;
+  state.open = String(next.question.id);
+  writeState();
+  next.button.focus({ preventScroll: true });
+  scrollToOpen();
+}
+
+function scrollToOpen() {
+  const row = rows.find(row => row.opened);
+  if (row) window.scrollBy(0, row.node.getBoundingClientRect().top - byId("controls").offsetHeight - 8);
+}
+
+let typing;
+byId("search").addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(() => { state.search = byId("search").value; writeState(); }, 120);
+});
+byId("reset").addEventListener("click", () => { history.replaceState(null, "", "#"); readState(); render(); });
+document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape") {
+    if (document.activeElement === byId("search")) byId("search").blur();
+    else { state.open = null; writeState(); }
+  } else if (/^(INPUT|SELECT)$/.test(document.activeElement.tagName)) return;
+  else if (event.key === "j") move(1);
+  else if (event.key === "k") move(-1);
+  else if (event.key === "/") { event.preventDefault(); byId("search").focus(); }
+});
+window.addEventListener("hashchange", () => { readState(); render(); scrollToOpen(); });
+
+byId("questions").append(...rows.map(row => row.node));
+readState();
+render();
+scrollToOpen();
+</script>
+{% endraw %}
+</body>
+</html>
+"""
 
 
 if __name__ == "__main__":

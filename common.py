@@ -9,13 +9,20 @@ scoring, files. torch and transformers are imported inside the functions that us
 """
 
 import argparse
+import contextlib
+import datetime
+import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -38,19 +45,41 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class Terminated(BaseException):
+    """SIGTERM, raised where it arrives, so that it cleans up as Ctrl-C does."""
+
+
 def command_line(main):
-    """Decorate a script's `main(argv=None)`: a UserError becomes one line on stderr and exit code 2."""
+    """Decorate a script's `main(argv=None)`.
+
+    A UserError becomes one line on stderr and exit code 2; Ctrl-C exits with 130, SIGTERM with 143.
+    """
+
+    def terminate(*_):
+        raise Terminated
 
     @functools.wraps(main)
     def run(argv=None):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
         try:
             return main(argv)
         except UserError as error:
             script = Path(sys.modules[main.__module__].__file__ or "").name
-            print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from None
+            line, code = f"{script}: error: {' '.join(str(error).split())}", 2
+        except KeyboardInterrupt:
+            line, code = "interrupted", 130
+        except Terminated:
+            line, code = "terminated", 143
+        print(line, file=sys.stderr)
+        raise SystemExit(code)
 
     return run
+
+
+def log(line):
+    """Print a note at once; stderr is for errors and progress bars."""
+    print(line, flush=True)
 
 
 # ------------------------------------------------------------------------------------------
@@ -194,6 +223,9 @@ def load_question_file(path):
 
 def load_hub_questions(dataset, split):
     import datasets
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # the error below says it all; without this each retry prints a line
 
     # GSM8K on the hub has two configurations, `main` and `socratic`; other data sets have none.
     config = "main" if dataset.split("/")[-1] == "gsm8k" else None
@@ -206,7 +238,7 @@ def load_hub_questions(dataset, split):
         ) from error
     missing = {"question", "answer"} - set(rows.column_names)
     if missing:
-        raise UserError(f"--dataset {dataset} ({split}): no column {sorted(missing)[0]!r}; it has {rows.column_names}")
+        raise UserError(f"--dataset {dataset} ({split}): no column {min(missing)!r}; it has {rows.column_names}")
     return [Question(i, row["question"], row["answer"]) for i, row in enumerate(rows)]
 
 
@@ -216,6 +248,655 @@ def hash_questions(questions):
     for item in questions:
         digest.update(json.dumps([item.question, item.answer]).encode() + b"\n")
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# What decides a model's output; only these are downloaded and hashed. No pickled weights: loading
+# them can run code, so safetensors alone are read.
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+    "adapter_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's folder on disk. For a LoRA adapter, `base` is the model that its config names."""
+
+    name: str
+    folder: Path
+    base: "ModelFiles | None"
+
+    def hashes(self):
+        """SHA-256 by file name, the base's under `base/`."""
+        found = sorted({path for pattern in MODEL_FILES for path in self.folder.glob(pattern)})
+        own = {path.name: hash_file(path) for path in found}
+        return own | {f"base/{name}": value for name, value in (self.base.hashes() if self.base else {}).items()}
+
+
+def find_model(model_id):
+    """The files of a model given by folder or hub id (then downloaded, or taken from the cache)."""
+    folder = Path(model_id).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or model_id.startswith((".", "/", "~")):
+            raise UserError(f"--model-id {model_id}: not a model folder; pass a folder with config.json, or a hub id")
+        folder = download_model(model_id)
+    if (folder / "adapter_config.json").is_file():
+        config = read_json(folder / "adapter_config.json")
+        base = config.get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{folder}/adapter_config.json: names no base model (base_model_name_or_path)")
+        return ModelFiles(model_id, folder, find_model(base))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model-id {model_id}: not a model folder: no config.json or adapter_config.json in it")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"--model-id {model_id}: no *.safetensors in it; other weight files can run code and are not "
+            "read: save the model again with save_pretrained"
+        )
+    return ModelFiles(model_id, folder, None)
+
+
+def download_model(model_id):
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=list(MODEL_FILES), ignore_patterns="*/*"))
+    except Exception as error:  # hub, network and name errors share no base class
+        raise UserError(
+            f"--model-id {model_id}: neither a folder here nor to be had from the hub ({first_line(error)}); "
+            "without the hub pass a model folder, such as demo/model"
+        ) from error
+
+
+def load_tokenizer(files):
+    from transformers import AutoTokenizer
+
+    has_own = any(files.folder.glob("tokenizer*"))
+    folder = files.folder if has_own or not files.base else files.base.folder
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a damaged file raises whatever its parser raises
+        raise UserError(f"--model-id {files.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def load_model(files, dtype, device):
+    """The causal model on the device, an adapter merged into its base, in evaluation mode.
+
+    An adapter is merged in fp32 and rounded once: added to bf16 weights most of it would be lost.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    final = getattr(torch, DTYPES[dtype])
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            (files.base or files).folder,
+            dtype=torch.float32 if files.base else final,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if files.base:
+            model = merge_adapter(model, files)
+        model = model.to(device=device, dtype=final).eval()
+    except UserError:
+        raise
+    except Exception as error:  # damaged or unfit files raise whatever their parser raises
+        raise UserError(f"--model-id {files.name}: cannot be loaded: {first_line(error)}") from error
+    for trouble in ("missing_keys", "mismatched_keys"):
+        if report[trouble]:
+            raise UserError(f"--model-id {files.name}: {trouble.replace('_', ' ')} in its weights: {min(report[trouble])}")
+    return model
+
+
+def merge_adapter(model, files):
+    from peft import PeftModel
+
+    if not (files.folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"--model-id {files.name}: no adapter_model.safetensors in it; other weight files are not read")
+    return PeftModel.from_pretrained(model, files.folder).merge_and_unload()
+
+
+def choose_device(device, note=log):
+    """The named device, or CUDA where there is one."""
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        note(f"device {device}: {torch.cuda.get_device_name() if device == 'cuda' else 'no CUDA device here'}")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: cannot be used here: {first_line(error)}") from error
+    return torch.device(device)
+
+
+def choose_dtype(dtype, device, note=log):
+    """The named precision, or bf16 on CUDA and fp32 elsewhere."""
+    if dtype is None:
+        dtype = "bf16" if device.type == "cuda" else "fp32"
+        reason = "half the memory traffic of fp32" if dtype == "bf16" else "exact, and CPUs are slow in bf16"
+        note(f"dtype {dtype}: the default on {device.type}, {reason}")
+    return dtype
+
+
+# ------------------------------------------------------------------------------------------
+# Generation: a rolling, left-padded batch
+#
+# All live rows share one window of key/value columns, and the newest token of every row stands
+# in its last column, so one slice assignment writes a step in place. A row that ends leaves at
+# once: the last row moves into its slot, and waiting prompts are prefilled into the slots that
+# came free, right-aligned to the same column. The beginning that all prompts share is computed
+# once and kept apart: every row attends to it, none holds a copy.
+# ------------------------------------------------------------------------------------------
+
+MOST_SLOTS = {"cpu": 256, "cuda": 1024}  # what --batch-size auto takes where memory allows more
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one pass; on a CPU the activations stay in its caches
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
+SPARE_COLUMNS = 64  # beyond the longest row, so that the window moves back rarely
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen: greedy unless `do_sample`. `top_k` 0 and `top_p` 1 filter nothing."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise UserError(f"--temperature {self.temperature}: must be above 0; for greedy pass --no-do-sample")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1 (1 filters nothing)")
+        if self.top_k < 0:
+            raise UserError(f"--top-k {self.top_k}: must be 0 (filters nothing) or more")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to make, named by question id and sample number."""
+
+    id: int
+    sample: int
+    prompt_ids: list
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished completion. `token_ids` ends in the end token where there is one."""
+
+    id: int
+    sample: int
+    token_ids: list
+    text: str
+    finish_reason: str  # "stop" at an end token, "length" at the request's limit
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(eq=False)
+class Row:
+    """A request on its way: its tokens so far, and the window column where it begins."""
+
+    request: Request
+    tokens: list
+    start: int = 0
+
+    def __len__(self):
+        return len(self.request.prompt_ids) + len(self.tokens)
+
+
+def generate(model, tokenizer, requests, decoding=Decoding(), batch_size="auto", note=log):
+    """Complete every request; yield each Completion as it ends, in the order they end.
+
+    Up to rounding, greedy text depends on the prompt alone and sampled text on the prompt and
+    (seed, id, sample): not on batch size, order, refill or a restart. The model's attention is
+    replaced while the generator lives: do not call the model between two completions.
+
+    batch_size: "auto" or the most rows at once. note: gets a line for each automatic choice.
+    Raises UserError for a model whose attention cannot be replaced, and for NaN logits.
+    """
+    if not requests:
+        return
+    stop_ids, hidden_ids = stop_token_ids(model, tokenizer), hidden_token_ids(tokenizer)
+    cache = RollingCache()
+    with borrowed(model, cache):
+        for row in RollingBatch(model, cache, requests, decoding, stop_ids, batch_size, note).run():
+            yield Completion(
+                id=row.request.id,
+                sample=row.request.sample,
+                token_ids=row.tokens,
+                text=tokenizer.decode([token for token in row.tokens if token not in hidden_ids]),
+                finish_reason="stop" if row.tokens[-1] in stop_ids else "length",
+                prompt_tokens=len(row.request.prompt_ids),
+                output_tokens=len(row.tokens),
+            )
+
+
+def stop_token_ids(model, tokenizer):
+    """Every end id of the model's generation config and of the tokenizer, and ChatML's end of turn."""
+    configured = model.generation_config.eos_token_id
+    ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
+    return (ids | {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")}) - {None}
+
+
+def hidden_token_ids(tokenizer):
+    """Special tokens, which are no part of the text. The think tags always are."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {i for i, token in added if token.special and token.content not in ("<think>", "</think>")}
+
+
+@contextlib.contextmanager
+def borrowed(model, cache):
+    """The model in evaluation mode with the cache's attention; both are put back at the end."""
+    from transformers import AttentionInterface
+
+    training, attention = model.training, model.config._attn_implementation
+    AttentionInterface.register("rolling", cache.attend)
+    try:
+        model.eval()
+        model.set_attn_implementation("rolling")
+        if model.config._attn_implementation != "rolling":
+            raise unfit(model)
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(training)
+        cache.clear()
+
+
+class RollingBatch:
+    """The live rows, slot by slot, and the waiting ones."""
+
+    def __init__(self, model, cache, requests, decoding, stop_ids, batch_size, note):
+        self.model, self.cache, self.decoding = model, cache, decoding
+        self.stop_ids, self.note = stop_ids, note
+        self.kind = "cuda" if model.device.type == "cuda" else "cpu"
+        self.rows, self.waiting = [], [Row(request, []) for request in requests]
+        self.first = self.last = 0  # the window
+        self.prefix = self.read_prefix(shared_beginning([request.prompt_ids for request in requests]))
+        longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+        self.columns = longest - self.prefix + longest // 8 + SPARE_COLUMNS
+        self.slots = self.choose_slots(batch_size)
+        self.sort_waiting()
+        cache.allocate(self.slots, self.columns)
+
+    def run(self):
+        """Yield the rows that end, until none is left."""
+        while self.rows or self.waiting:
+            free = self.slots - len(self.rows)
+            try:
+                if self.waiting and (not self.rows or free >= min(len(self.waiting), self.slots // 8 + 1)):
+                    ended = self.admit(free)
+                else:
+                    ended = self.step()
+            except RuntimeError as error:
+                if self.slots == 1 or not is_out_of_memory(error):
+                    raise
+                self.restart_with_half()
+                continue
+            yield from ended
+
+    def read_prefix(self, ids):
+        """Compute the tokens that all prompts share, once; returns how many they are.
+
+        Without any, one token is read all the same: it shows the sizes of keys and values.
+        """
+        self.prefix, self.last = 0, max(1, len(ids))
+        try:
+            self.forward([ids or [0]], [0], slice(0, 1), 0)
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise unfit(self.model) from error
+        if not self.cache.attended:
+            raise unfit(self.model)
+        self.cache.end_prefix(len(ids))
+        return len(ids)
+
+    def choose_slots(self, batch_size):
+        token_bytes = self.cache.bytes_per_token()
+        free = free_memory(self.model.device)
+        fitting = int(free * MEMORY_SHARE[self.kind] / (token_bytes * self.columns))
+        slots, reason = min(
+            (len(self.waiting), "one for each request"),
+            (MOST_SLOTS[self.kind], f"the most that pays on {self.kind}"),
+            (max(1, fitting), "what fits into memory"),
+        )
+        if batch_size != "auto":
+            return min(batch_size, len(self.waiting))
+        self.note(
+            f"batch size {slots}: {reason} ({self.columns} columns of {token_bytes / 1024:.1f} KiB a row, "
+            f"{slots * self.columns * token_bytes / 2**30:.2f} of {free / 2**30:.1f} GiB free)"
+        )
+        return slots
+
+    def sort_waiting(self):
+        """Longest first, taken from the list's end: what comes later always fits the window."""
+        self.waiting.sort(key=lambda row: (len(row), -row.request.id, -row.request.sample))
+
+    def admit(self, free):
+        """Prefill the next waiting rows, of about equal lengths, into free slots."""
+        width = len(self.waiting[-1]) - self.prefix
+        count = min(free, len(self.waiting), max(1, PREFILL_TOKENS[self.kind] // width))
+        new = [self.waiting.pop() for _ in range(count)]
+        if not self.rows:
+            self.first = self.last = width
+        slots = slice(len(self.rows), len(self.rows) + count)
+        for row in new:
+            row.start = self.last - len(row) + self.prefix
+        self.rows += new
+        self.first = min(self.first, self.last - width)
+        tokens = [(row.request.prompt_ids + row.tokens)[self.prefix :] for row in new]
+        logits = self.forward(tokens, [row.start for row in new], slots, self.last - width)
+        return self.extend(new, logits)
+
+    def step(self):
+        """One more token for every live row."""
+        self.make_room()
+        self.last += 1
+        tokens = [row.tokens[-1:] for row in self.rows]
+        logits = self.forward(tokens, [row.start for row in self.rows], slice(0, len(self.rows)), self.first)
+        return self.extend(self.rows, logits)
+
+    def forward(self, tokens, starts, slots, first):
+        """Logits (rows, vocabulary) after each row's `tokens`, which end in the window's last column."""
+        import torch
+
+        with torch.inference_mode():
+            device, width = self.model.device, max(map(len, tokens))
+            ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=device)
+            starts = torch.tensor(starts, device=device)[:, None]
+            columns = torch.arange(first, self.last, device=device)
+            positions = self.prefix + (columns[-width:] - starts).clamp(min=0)
+            visible = (columns >= starts)[:, None] & (columns <= columns[-width:, None])
+            # Half of the lowest number: a masked score plus it stays finite, so that a padding
+            # row, which sees nothing, never turns into NaN.
+            low = torch.finfo(self.model.dtype).min / 2
+            mask = torch.zeros_like(visible, dtype=self.model.dtype).masked_fill_(~visible, low)
+            self.cache.aim(slots, first, self.last, positions)
+            return self.model(
+                input_ids=ids,
+                attention_mask=mask[:, None],
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+    def extend(self, rows, logits):
+        """Append the chosen token to each row; returns the rows that end with it, now removed."""
+        for row, token in zip(rows, choose_tokens(logits, rows, self.decoding), strict=True):
+            row.tokens.append(token)
+        ended = [
+            row for row in rows
+            if row.tokens[-1] in self.stop_ids or len(row.tokens) == row.request.max_new_tokens
+        ]
+        if ended:
+            self.remove(ended)
+        return ended
+
+    def remove(self, ended):
+        """Free the slots of ended rows: rows from the end move into them."""
+        ended = set(ended)
+        keep = [slot for slot, row in enumerate(self.rows) if row not in ended]
+        holes = [slot for slot, row in enumerate(self.rows[: len(keep)]) if row in ended]
+        moved = keep[len(keep) - len(holes) :]
+        self.cache.copy_slots(moved, holes, self.first, self.last)
+        for source, hole in zip(moved, holes, strict=True):
+            self.rows[hole] = self.rows[source]
+        del self.rows[len(keep) :]
+        self.first = min((row.start for row in self.rows), default=self.last)
+
+    def make_room(self):
+        """Move the window back when it has come to the buffer's end, or more lies behind than in it.
+
+        Staying near the beginning keeps the memory in use small. The longest waiting prompt must
+        still fit before the last column.
+        """
+        longest = len(self.waiting[-1]) - self.prefix if self.waiting else 0
+        distance = min(self.first, self.last - longest)
+        if self.last == self.columns or distance > self.last - self.first + SPARE_COLUMNS:
+            self.cache.move_window(len(self.rows), self.first, self.last, distance)
+            self.first, self.last = self.first - distance, self.last - distance
+            for row in self.rows:
+                row.start -= distance
+
+    def restart_with_half(self):
+        """Out of memory: half the slots. Live rows wait again and keep their tokens."""
+        self.waiting += self.rows
+        self.rows = []
+        self.slots //= 2
+        self.sort_waiting()
+        self.cache.allocate(self.slots, self.columns)
+        self.note(f"out of memory: going on with batch size {self.slots}, nothing lost")
+
+
+class RollingCache:
+    """Keys and values of all slots in one buffer a layer, and the attention over them.
+
+    Serves as the model's cache and as its attention function. Until `allocate`, what the model
+    writes is the prefix; afterwards it goes into the slots and columns that `aim` names.
+    """
+
+    is_compileable = False
+
+    def __init__(self):
+        self.prefix, self.buffers, self.attended = {}, {}, False
+
+    def aim(self, slots, first, last, positions):
+        """Before a forward pass: its slots, its window, its new tokens' positions (rows, new)."""
+        self.slots, self.first, self.last, self.positions = slots, first, last, positions
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """Called by each layer: store the new tokens, return the window with them."""
+        if not self.buffers:
+            self.prefix[layer] = keys[0], values[0]
+            return keys, values
+        window = []
+        for buffer, new in zip(self.buffers[layer], (keys, values), strict=True):
+            buffer[self.slots, :, self.last - new.shape[2] : self.last] = new
+            window.append(buffer[self.slots, :, self.first : self.last])
+        return window
+
+    def attend(self, module, query, keys, values, mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
+        """Attention of queries (rows, heads, new, dim) over prefix and window, as (rows, new, heads, dim).
+
+        The heads of a group are folded into the query length, so that keys and values are never
+        repeated; over the prefix, all rows are one matrix product.
+        """
+        import torch
+
+        refused = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+        if refused:
+            raise UserError(f"{type(module).__name__}: attention with {refused[0]} is not supported")
+        self.attended = True
+        rows, heads, new, dim = query.shape
+        groups = keys.shape[1]
+        folded = heads // groups * new
+        query = (query * (dim**-0.5 if scaling is None else scaling)).reshape(rows, groups, folded, dim)
+        scores = query @ keys.transpose(2, 3)
+        shared = 0
+        if self.buffers:
+            shared_keys, shared_values = self.prefix[module.layer_idx]
+            shared = shared_keys.shape[1]
+            over_prefix = query.transpose(0, 1).reshape(groups, rows * folded, dim) @ shared_keys.transpose(1, 2)
+            over_prefix = over_prefix.view(groups, rows, folded, shared).transpose(0, 1)
+            scores = torch.cat([over_prefix, scores], dim=-1)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        by_token = scores.view(rows, groups, -1, new, scores.shape[-1])
+        by_token[..., shared:] += mask[:, :, None]
+        if sliding_window is not None:
+            by_token.masked_fill_(self.distances(shared) >= sliding_window, torch.finfo(scores.dtype).min / 2)
+        precision = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
+        result = weights[..., shared:] @ values
+        if shared:
+            from_prefix = weights[..., :shared].transpose(0, 1).reshape(groups, rows * folded, shared) @ shared_values
+            result += from_prefix.view(groups, rows, folded, -1).transpose(0, 1)
+        return result.reshape(rows, heads, new, -1).transpose(1, 2), None
+
+    def distances(self, shared):
+        """How far each key lies behind each new token, (rows, 1, 1, new, keys)."""
+        import torch
+
+        columns = torch.arange(self.last - self.first - 1, -1, -1, device=self.positions.device)
+        in_window = self.positions[:, -1:] - columns
+        in_prefix = torch.arange(shared, device=columns.device).expand(len(in_window), -1)
+        keys = torch.cat([in_prefix, in_window], dim=1)
+        return (self.positions[:, :, None] - keys[:, None])[:, None, None]
+
+    def end_prefix(self, length):
+        self.prefix = {layer: (k[:, :length], v[:, :length]) for layer, (k, v) in self.prefix.items()}
+
+    def bytes_per_token(self):
+        pairs = self.prefix.values()
+        return sum(t.shape[0] * t.shape[2] * t.element_size() for pair in pairs for t in pair)
+
+    def allocate(self, slots, columns):
+        self.buffers = {}  # the old ones are gone before the new ones come
+        for layer, pair in self.prefix.items():
+            self.buffers[layer] = [zeros((slots, t.shape[0], columns, t.shape[2]), t) for t in pair]
+
+    def copy_slots(self, sources, targets, first, last):
+        for pair in self.buffers.values() if targets else ():
+            for buffer in pair:
+                buffer[targets, :, first:last] = buffer[sources, :, first:last]
+
+    def move_window(self, rows, first, last, distance):
+        for pair in self.buffers.values():
+            for buffer in pair:
+                buffer[:rows, :, first - distance : last - distance] = buffer[:rows, :, first:last].clone()
+
+    def get_seq_length(self, layer=0):
+        return 0  # positions are always given
+
+    def clear(self):
+        self.prefix, self.buffers = {}, {}
+
+
+def unfit(model):
+    return UserError(
+        f"{type(model).__name__}: cannot be run here: its layers do not attend over keys and values through "
+        "transformers' AttentionInterface; pass a model of another architecture"
+    )
+
+
+def shared_beginning(prompts):
+    """The token ids that all prompts begin with; every prompt keeps at least one token of its own."""
+    beginning = os.path.commonprefix(prompts)
+    return beginning[: min(map(len, prompts)) - 1]
+
+
+def zeros(shape, like):
+    """Zeros in `like`'s type. Never uninitialized: a masked NaN still spoils a weighted sum.
+
+    On a CPU the pages are the operating system's, zero until first written: columns that no row
+    reaches cost nothing.
+    """
+    import numpy
+    import torch
+
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    size = math.prod(shape) * like.element_size()
+    return torch.from_numpy(numpy.zeros(size, dtype=numpy.uint8)).view(like.dtype).view(shape)
+
+
+def free_memory(device):
+    """Bytes that are free on the device: its own memory on CUDA, the machine's elsewhere."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def is_out_of_memory(error):
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def choose_tokens(logits, rows, decoding):
+    """The next token of each row, as a list; the lowest id among equals."""
+    import torch
+
+    with torch.inference_mode():
+        if logits.isnan().any():
+            row = rows[logits.isnan().any(dim=-1).int().argmax()]
+            raise UserError(
+                f"question {row.request.id}: the model's logits are not numbers (NaN) after {len(row.tokens)} tokens; "
+                "its weights are damaged or overflow: try --dtype fp32"
+            )
+        if not decoding.do_sample:
+            return logits.argmax(dim=-1).tolist()
+        counters = [(row.request.id, row.request.sample, len(row.tokens)) for row in rows]
+        return sample_tokens(logits, torch.tensor(counters, device=logits.device), decoding).tolist()
+
+
+def sample_tokens(logits, counters, decoding):
+    """Draw one token a row, (rows,), from logits (rows, vocabulary) and counters (rows, 3).
+
+    Temperature, top-k and top-p as transformers applies them, in this order; of equal logits the
+    lower token id ranks first (bf16 logits tie often). Among the kept tokens the largest of
+    log-probability plus Gumbel noise wins, which draws from their softmax (Gumbel-max). The noise
+    is a hash of (seed, question id, sample, step, token id), so that a draw depends on nothing else.
+    """
+    import torch
+
+    scores = logits.float() + 0.0  # -0.0 becomes 0.0, so that equal numbers have equal bits
+    size = scores.shape[-1]
+    # Floats ordered as integers, the token id below them: top-k then breaks ties by id.
+    bits = scores.view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    ranked = (ordered | torch.arange(size - 1, -1, -1, device=logits.device)).topk(min(decoding.top_k or size, size)).values
+    tokens = size - 1 - (ranked & 0xFFFFFFFF)
+    scaled = scores.gather(-1, tokens).double() / decoding.temperature
+    probabilities = scaled.softmax(dim=-1)
+    scaled[probabilities.cumsum(dim=-1) - probabilities >= decoding.top_p] = -math.inf
+    seed = torch.tensor(decoding.seed, device=logits.device)
+    random_bits = counter_hash(seed, *counters[:, :, None].unbind(dim=1), tokens)
+    # 52 bits and a half: exact in fp64, never 0 and never 1.
+    uniform = (logical_shift(random_bits, 12).double() + 0.5) * 2.0**-52
+    best = (scaled - torch.log(-torch.log(uniform))).argmax(dim=-1, keepdim=True)
+    return tokens.gather(-1, best)[:, 0]
+
+
+def counter_hash(*counters):
+    """A 64-bit hash of integer tensors that broadcast: SplitMix64's finalizer, chained.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014. int64
+    wraps around, so that it serves as uint64.
+    """
+    state = 0
+    for counter in counters:
+        state = (counter ^ state) - 0x61C8864680B583EB  # the golden ratio's odd fraction, as int64
+        state = (state ^ logical_shift(state, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+        state = (state ^ logical_shift(state, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+        state = state ^ logical_shift(state, 31)
+    return state
+
+
+def logical_shift(number, bits):
+    """Shift right and fill with zeros, which int64's own shift does not."""
+    return (number >> bits) & ((1 << (64 - bits)) - 1)
 
 
 # ------------------------------------------------------------------------------------------
@@ -495,25 +1176,17 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def read_jsonl(path, required=(), bad=None):
+def read_jsonl(path, required=()):
     """Yield (line number, object) for every line that is not blank.
 
     A line that is not UTF-8, not JSON, not an object or lacks a required key is a UserError that
-    names the file, the line and the key; given a list `bad`, its number goes there instead.
+    names the file, the line and the key.
     """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = parse_json_line(path, number, line, required)
-                except UserError:
-                    if bad is None:
-                        raise
-                    bad.append(number)
-                    continue
-                yield number, row
+                if line.strip():
+                    yield number, parse_json_line(path, number, line, required)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -531,17 +1204,210 @@ def parse_json_line(path, number, line, required=()):
     return row
 
 
-def write_atomically(path, text):
-    """Replace `path` in one step: a reader sees the old file or the new one, never a part."""
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes `path`'s place in one step: a reader sees the old one or the new one."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def write_atomically(path, text):
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def read_json(path):
+    """The JSON object in a file; a UserError names the file."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, holds {type(value).__name__}")
+    return value
+
+
+class RunOutput:
+    """A run's files: NAME.jsonl when it is finished, NAME.jsonl.part until then, NAME.run.json.
+
+    Every answer is appended to the part file the moment it is there. A second start reads which
+    answers exist, drops a torn last line and asks for the rest; `finish` sorts all by (id, sample)
+    and puts NAME.jsonl in place in one step. The part file is locked while its process lives.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.part_path = Path(f"{path}.part")
+        self.record_path = self.path.with_suffix(".run.json")
+        self.places = {}  # (id, sample) -> (file, offset) of its line
+
+    @contextlib.contextmanager
+    def opened(self, record, overwrite=False):
+        """Lock, compare with the run record on disk, find what is done; release at the end.
+
+        Raises UserError where another process writes, where the record on disk was made by a run
+        that decides differently, or where a file cannot be written.
+        """
+        with self.named_errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.part = open(self.part_path, "a+b", buffering=0)  # noqa: SIM115 - closed below
+        try:
+            self.lock()
+            if overwrite:
+                self.part.truncate(0)
+                self.path.unlink(missing_ok=True)
+                self.record_path.unlink(missing_ok=True)
+            self.record = self.resumed_record(record)
+            self.repair_part()
+            self.index(self.path)
+            self.index(self.part_path)
+            yield self
+        finally:
+            if self.part_path.exists() and not os.fstat(self.part.fileno()).st_size:
+                self.part_path.unlink()
+            self.part.close()
+
+    @contextlib.contextmanager
+    def named_errors(self):
+        try:
+            yield
+        except OSError as error:
+            way_out = "make room there, then start the same command again" if self.places else "pass another --output"
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}; {way_out}") from error
+
+    def lock(self):
+        try:
+            fcntl.flock(self.part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{self.path}: another process is writing it; wait for it or pass another --output") from error
+
+    def resumed_record(self, new):
+        if not self.record_path.exists():
+            if self.path.exists() or os.fstat(self.part.fileno()).st_size:
+                raise UserError(
+                    f"{self.path}: exists without its run record {self.record_path.name}; "
+                    "pass --overwrite or another --output"
+                )
+            return new
+        old = read_json(self.record_path)
+        compare_records(self.record_path, old, new)
+        unfinished = [segment for segment in old["segments"] if segment.get("seconds") is None]
+        for segment in unfinished:  # killed: the last answer's time is the best that is known
+            started = datetime.datetime.fromisoformat(segment["started"]).timestamp()
+            segment["seconds"] = round(max(0.0, os.fstat(self.part.fileno()).st_mtime - started), 3)
+        return new | {"segments": old["segments"] + new["segments"]}
+
+    def repair_part(self):
+        """Cut off a last line that was torn when its process died."""
+        size = self.part.seek(0, os.SEEK_END)
+        self.part.seek(0)
+        whole = self.part.read().rfind(b"\n") + 1
+        if whole < size:
+            log(f"{self.part_path}: dropped a torn last line of {size - whole} bytes")
+            self.part.truncate(whole)
+
+    def index(self, path):
+        if path.exists():
+            offset = 0
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    row = parse_json_line(path, number, line, ("id", "sample"))
+                    self.places[row["id"], row["sample"]] = path, offset
+                    offset += len(line)
+
+    def write_record(self):
+        with self.named_errors():
+            write_atomically(self.record_path, json.dumps(self.record, indent=2) + "\n")
+
+    def append(self, row):
+        """Put one answer on disk. It is there when this returns, whatever happens to the process."""
+        line = memoryview(json.dumps(row).encode() + b"\n")
+        if not os.fstat(self.part.fileno()).st_nlink:
+            self.put_back()
+        offset = self.part.seek(0, os.SEEK_END)
+        with self.named_errors():
+            while line:
+                line = line[self.part.write(line) :]
+        self.places[row["id"], row["sample"]] = self.part_path, offset
+
+    def put_back(self):
+        """The output folder was removed: the open file still holds the answers, write them again."""
+        with self.named_errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.part.seek(0)
+            self.part_path.write_bytes(self.part.read())
+        self.write_record()
+        raise UserError(
+            f"{self.path.parent}: was removed while the run wrote to it; {len(self.places)} answers are "
+            f"back in {self.part_path}: the same command goes on from there"
+        )
+
+    def finish(self):
+        """Sort all answers into NAME.jsonl and drop the part file."""
+        with self.named_errors(), contextlib.ExitStack() as stack:
+            sources = {p: stack.enter_context(open(p, "rb")) for p in {place[0] for place in self.places.values()}}
+            with replacing(self.path) as file:
+                for _, (source, offset) in sorted(self.places.items()):
+                    sources[source].seek(offset)
+                    file.write(sources[source].readline())
+            self.part.truncate(0)
+        self.write_record()
+
+
+def compare_records(path, old, new):
+    """UserError where two runs of one output would mix: it names the field and both values."""
+    before, now = old.get("decides", {}), new["decides"]
+    for key in [*now, *(before.keys() - now.keys())]:
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{path}: was made with {key} = {shorten(before.get(key))}, this run has "
+                f"{shorten(now.get(key))}; pass --overwrite to drop it, or another --output"
+            )
+
+
+def shorten(value, most=80):
+    text = json.dumps(value)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+def hash_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_run(device):
+    """What describes a run without deciding its output: versions, device, commit, start."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
+        "commit": project_commit(),
+    }
+
+
+def project_commit():
+    """This project's git commit, `-dirty` where files differ from it, None without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

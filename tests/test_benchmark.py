@@ -187,10 +187,10 @@ def test_a_wrong_flag_is_one_line(refuse, flags):
 
 def test_the_table_names_files_counts_and_intervals(write, capsys):
     benchmark.main([write([line(0), line(1, "so 18")], name="cot.jsonl")])
-    header, row, note = capsys.readouterr().out.splitlines()
+    header, row, _, note = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["file", "lines"]
     assert row.split()[:5] == ["cot", "2", "50.00", "[9.45,", "90.55]"]
-    assert note.startswith("cot: 1 of 1 answers without")
+    assert note.startswith("cot: 1 of the 1 without an answer")
 
 
 def test_what_could_steer_a_terminal_is_printed_escaped():
@@ -206,3 +206,133 @@ def test_twelve_files_are_started_and_scored_in_about_a_second_without_torch(sha
     assert result.stdout.count("[") == 24
     for module in ("torch", "transformers", "scipy", "numpy", "matplotlib", "jinja2"):
         assert f" {module}\n" not in result.stderr
+
+
+def right_where(count, of, start=0):
+    return [line(q, "#### 18" if start <= q < start + count else "#### 1") for q in range(of)]
+
+
+def test_a_comparison_is_paired_and_exact(write, score):
+    # The published LoRA claim: 44.65 against 43.21 %, 154 against 135 discordant pairs of 1,319.
+    a = write(right_where(435 + 154, 1319), "a.jsonl")
+    b = write([line(q, "#### 18" if q < 435 or 589 <= q < 589 + 135 else "#### 1") for q in range(1319)], "b.jsonl")
+    (pair,) = score(a, b, "--compare")[0]["compared"]
+    assert (pair["first_only"], pair["second_only"], pair["test"]) == (154, 135, "exact McNemar")
+    assert pair["p"] == pytest.approx(0.29, abs=0.005)
+    assert pair["difference"] == pytest.approx(100 * (154 - 135) / 1319)
+    low, high = pair["interval"]
+    assert low < 0 < pair["difference"] < high
+
+
+def test_holms_correction_multiplies_the_smallest_p_most(write, score):
+    files = [write(right_where(count, 40), f"{count}.jsonl") for count in (10, 17, 30)]
+    pairs = [pair for run in score(*files, "--compare") for pair in run.get("compared", [])]
+    pairs.sort(key=lambda pair: pair["p"])
+    expected = [3 * pairs[0]["p"], 2 * pairs[1]["p"], pairs[2]["p"]]
+    assert [pair["p_holm"] for pair in pairs] == pytest.approx(expected)
+
+
+def test_samples_of_a_question_are_compared_as_one_cluster(write, score):
+    def several(right, name):
+        return write([line(q, "#### 18" if q < right else "", sample=s) for q in range(10) for s in range(50)], name)
+
+    (pair,) = score(several(6, "a.jsonl"), several(5, "b.jsonl"), "--compare")[0]["compared"]
+    assert (pair["first_only"], pair["second_only"], pair["test"]) == (1, 0, "paired t-test")
+    assert pair["p"] == pytest.approx(0.343, abs=0.001)  # t = 1 with 9 degrees of freedom
+
+
+def test_equal_runs_show_no_difference(write, capsys):
+    files = [write(right_where(3, 9), name) for name in ("a.jsonl", "b.jsonl")]
+    benchmark.main([*files, "--compare"])
+    out = capsys.readouterr().out
+    assert "+0.00 [+0.00, +0.00]" in out
+    assert "no difference shown between a and b (exact McNemar, p = 1)" in out
+
+
+def test_files_of_other_questions_are_not_compared(write, refuse):
+    files = [write(right_where(2, count), f"{count}.jsonl") for count in (4, 5)]
+    assert "4 the same" in refuse(*files, "--compare")
+    assert "two files" in refuse(files[0], "--compare")
+
+
+@pytest.fixture
+def published_row(write, tmp_path, score):
+    """Score a file that bears a published name, beside a run record with these changes."""
+    known = json.loads(benchmark.PUBLISHED_FILE.read_text())
+
+    def published_row(right, segment=(), **changes):
+        name = "cot_model_outputs"
+        decides = known["rows"][name]["protocol"] | {"dataset_sha256": known["dataset_sha256"]} | changes
+        record = {"decides": decides, "segments": [{"model": "Qwen/Qwen3-0.6B"} | dict(segment)]}
+        (tmp_path / f"{name}.run.json").write_text(json.dumps(record))
+        (run,) = score(write(right_where(right, 100), f"{name}.jsonl"), "--published")
+        return run["published"]
+
+    return published_row
+
+
+def test_a_published_figure_is_set_beside_the_interval(published_row):
+    assert published_row(54) == {
+        "accuracy": 54.13,
+        "source": "readme",
+        "inside": True,
+        "protocol": "same protocol, our wording",
+    }
+    assert not published_row(80)["inside"]
+
+
+def test_another_protocol_is_named_beside_the_published_figure(published_row):
+    assert published_row(54, max_new_tokens=64)["protocol"] == "other protocol: max_new_tokens 64, not 512"
+    assert published_row(54, {"model": "demo/model"})["protocol"] == "other protocol: model model, not Qwen3-0.6B"
+    assert published_row(54, dataset_sha256="")["protocol"] == "other questions"
+
+
+def test_the_published_figures_are_those_of_the_gsm8k_test_split(shared):
+    from common import hash_questions, load_questions
+
+    known = json.loads(benchmark.PUBLISHED_FILE.read_text())
+    assert known["dataset_sha256"] == hash_questions(load_questions(str(shared / "gsm8k"), "test"))
+
+
+def test_figures_that_would_mislead_carry_a_line_in_plain_words(shared, capsys):
+    names = ("BF16-thinking_model_outputs_reduced_batch", "zero_shot_model_outputs", "cot_model_outputs")
+    benchmark.main([str(shared / "published_outputs" / f"{name}.jsonl") for name in names])
+    out = capsys.readouterr().out
+    assert (
+        "22 % of the answers never finished (the published rule counts 26 of them right); of those that did, 83 %"
+        in out
+    )
+    assert "43 % of the right answers worked the problem out after `####`: this is not a direct answer" in out
+    assert "131 answers were right but not in the asked format" in out
+
+
+def test_markdown_is_a_table_with_the_cells_of_the_text(write, capsys):
+    path = write(right_where(1, 2), "a|b.jsonl")
+    benchmark.main([path, "--markdown"])
+    _, ruler, row = capsys.readouterr().out.splitlines()
+    assert ruler == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    assert row == "| a\\|b | 2 | 50.00 [9.45, 90.55] | 50.00 [9.45, 90.55] | 0 | - | 0 | 0 |"
+
+
+def test_wrong_answers_are_shown_without_their_control_characters(write, capsys):
+    benchmark.main([write([line(0), line(1, "\x1b[2Jso\n#### 7"), line(2, "")]), "--wrong", "1"])
+    shown = capsys.readouterr().out.split("--- ")
+    assert shown[1:] == ["run, id 1, sample 0: read 7, gold 18\nquestion 1\n\\x1b[2Jso\n#### 7\n"]
+
+
+@pytest.mark.parametrize("more", [{}, {"output_tokens": 9}])
+def test_the_picture_is_drawn_with_and_without_token_counts(write, tmp_path, more):
+    picture = tmp_path / "runs.png"
+    rows = [row | more for row in right_where(1, 3)]
+    benchmark.main(
+        [write(rows, "$x_$.jsonl"), write(rows, "cot_model_outputs.jsonl"), "--published", "--plot", str(picture)]
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--plot", "none/x.png"], ["--plot", "x.pdf"], ["--html", "x.txt"], ["--wrong", "-1"], ["--wrong", "1", "--json"]],
+)
+def test_a_flag_that_cannot_be_kept_is_refused_before_scoring(refuse, flags):
+    assert flags[0] in refuse("no-such-file.jsonl", *flags)

@@ -1,0 +1,306 @@
+"""Answer grade-school math problems with a language model, in one of five prompting modes.
+
+Writes one JSON line an answer, and a run record beside it that says how they were made:
+
+    python inference.py --mode cot --limit 100
+    python inference.py --model-id demo/model --dataset demo/problems --mode thinking
+    python benchmark.py outputs/cot_model_outputs.jsonl
+
+Every answer is on disk the moment it is finished. The same command goes on where a stopped run
+ended, and does nothing when all answers are there.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+from common import (
+    DTYPES,
+    FEW_SHOT_STYLES,
+    MODES,
+    ArgumentParser,
+    Decoding,
+    Request,
+    RunOutput,
+    UserError,
+    build_prompt,
+    choose_device,
+    choose_dtype,
+    command_line,
+    describe_run,
+    find_model,
+    generate,
+    has_thinking_switch,
+    hash_questions,
+    load_model,
+    load_questions,
+    load_tokenizer,
+    log,
+    read_jsonl,
+    thinking_is_open,
+    write_atomically,
+)
+
+# Qwen3's model card, "Best Practices": sampling for thinking and for non-thinking prompts.
+THINKING_SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+PLAIN_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+MAX_NEW_TOKENS = {"zero_shot": 512, "cot": 512, "few_shot": 512, "thinking": 4096, "chatml_think_prefill": 4096}
+SAMPLED_MODES = ("thinking",)
+THINKING_MODES = ("thinking", "chatml_think_prefill")
+
+
+@command_line
+def main(argv=None):
+    args = parse_args(argv)
+    files = find_model(args.model_id)
+    questions = load_questions(args.dataset, args.split)
+    examples = load_examples(args, questions)
+    tokenizer = load_tokenizer(files)
+    prompts = build_prompts(args, questions, examples, tokenizer)
+    if args.print_prompts:
+        return print_prompts(prompts[: args.print_prompts], tokenizer)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    record = run_record(args, files, tokenizer, questions, prompts, device, dtype)
+    output = RunOutput(args.output)
+    with output.opened(record, args.overwrite):
+        missing = [
+            (i, sample)
+            for i in range(len(prompts))
+            for sample in range(args.num_samples)
+            if (i, sample) not in output.places
+        ]
+        if missing:
+            done = len(prompts) * args.num_samples - len(missing)
+            log(f"{args.output}: {done} answers are there, {len(missing)} to go" if done else f"writing {args.output}")
+            model = load_model(files, dtype, device)
+            requests = build_requests(args, prompts, missing, tokenizer, model)
+            answer(args, model, tokenizer, requests, questions, prompts, output)
+        else:
+            print(f"{args.output}: finished already, {len(output.places)} answers; --overwrite makes it again")
+            return 0
+    if args.save_txt:
+        save_txt(args.output)
+    return 0
+
+
+def parse_args(argv):
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model-id", default="Qwen/Qwen3-0.6B", help="hub id or folder of a model or LoRA adapter (default %(default)s)")
+    add("--dataset", default="openai/gsm8k", help="hub id, or folder with train.jsonl and test.jsonl (default %(default)s)")
+    add("--split", default="test", help="split to answer (default %(default)s)")
+    add("--limit", type=at_least(1), help="answer the first LIMIT questions (default all)")
+    add("--mode", choices=MODES, default="cot", help="prompting mode (default %(default)s)")
+    add("--few-shot-k", type=at_least(1), help="worked examples of few_shot: the first of the train split (default 3)")
+    add("--few-shot-style", choices=FEW_SHOT_STYLES, help="examples inside one prompt or as chat turns (default prompt)")
+    add("--system-prompt", help="replaces the mode's instruction; '' leaves the system message out")
+    add("--batch-size", type=batch_size, default="auto", help="most rows at once; auto sizes it from free memory (default)")
+    add("--max-new-tokens", type=at_least(1), help="most new tokens an answer (default 512; thinking modes 4096)")
+    add("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or be greedy (default: only thinking samples)")
+    add("--temperature", type=float, help="of sampling (default 0.6 for thinking modes, else 0.7: Qwen3's model card)")
+    add("--top-p", type=float, help="of sampling (default 0.95 for thinking modes, else 0.8: Qwen3's model card)")
+    add("--top-k", type=int, help="of sampling (default 20: Qwen3's model card)")
+    add("--seed", type=at_least(0), default=42, help="of sampling (default %(default)s)")
+    add("--num-samples", type=at_least(1), default=1, help="answers a question, when sampling (default %(default)s)")
+    add("--dtype", choices=DTYPES, help="precision of weights and compute (default bf16 on CUDA, else fp32)")
+    add("--device", help="torch device, such as cuda:1 (default cuda where there is one, else cpu)")
+    add("--output", type=Path, help="JSONL to write (default outputs/MODE_model_outputs.jsonl)")
+    add("--overwrite", action="store_true", help="drop what --output holds and begin anew")
+    add("--save-txt", action="store_true", help="also write the answers as readable text beside the JSONL")
+    add("--print-prompts", type=at_least(1), metavar="N", help="show the first N prompts with their token ids and stop")
+    args = parser.parse_args(argv)
+    fill_defaults(args)
+    return args
+
+
+def at_least(least):
+    def integer(text):
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return number
+
+    return integer
+
+
+def batch_size(text):
+    return text if text == "auto" else at_least(1)(text)
+
+
+def fill_defaults(args):
+    """Defaults that depend on the mode, and refusal of flags that contradict it or each other."""
+    if args.mode != "few_shot":
+        for flag, value in (("--few-shot-k", args.few_shot_k), ("--few-shot-style", args.few_shot_style)):
+            if value is not None:
+                raise UserError(f"{flag}: goes with --mode few_shot, not with {args.mode}")
+    args.few_shot_k = args.few_shot_k or 3
+    args.few_shot_style = args.few_shot_style or "prompt"
+    args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS[args.mode]
+    args.output = args.output or Path("outputs") / f"{args.mode}_model_outputs.jsonl"
+    if args.output.suffix != ".jsonl":
+        raise UserError(f"--output {args.output}: wants a name that ends in .jsonl")
+    if args.do_sample is None:
+        args.do_sample = args.mode in SAMPLED_MODES
+    sampling = THINKING_SAMPLING if args.mode in THINKING_MODES else PLAIN_SAMPLING
+    given = {name: getattr(args, name) for name in sampling if getattr(args, name) is not None}
+    if args.do_sample:
+        args.decoding = Decoding(do_sample=True, seed=args.seed, **(sampling | given))
+    else:
+        greedy = f"decoding is greedy (--mode {args.mode}): add --do-sample"
+        for name in given:
+            raise UserError(f"--{name.replace('_', '-')}: does nothing where {greedy}")
+        if args.num_samples > 1:
+            raise UserError(f"--num-samples {args.num_samples}: all samples would be equal where {greedy}")
+        args.decoding = Decoding()
+        if args.mode == "thinking":
+            log("note: greedy thinking; Qwen3's model card warns that it can fall into endless loops")
+
+
+def load_examples(args, questions):
+    """The train questions that few_shot shows, one more than asked in case one is the question itself."""
+    if args.mode != "few_shot":
+        return []
+    train = questions if args.split == "train" else load_questions(args.dataset, "train")
+    if args.few_shot_k > len(train) - (args.split == "train"):
+        raise UserError(f"--few-shot-k {args.few_shot_k}: the train split of {args.dataset} has {len(train)} questions")
+    return train[: args.few_shot_k + 1]
+
+
+def build_prompts(args, questions, examples, tokenizer):
+    """The prompt of every question up to --limit. A question is never shown its own answer."""
+    prompts = []
+    for question in questions[: args.limit]:
+        others = [item for item in examples if not (args.split == "train" and item.id == question.id)]
+        shown = [(item.question, item.answer) for item in others[: args.few_shot_k]]
+        prompts.append(
+            build_prompt(args.mode, question.question, tokenizer, shown, args.few_shot_style, args.system_prompt)
+        )
+    return prompts
+
+
+def print_prompts(prompts, tokenizer):
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        print(f"--- prompt {number}, {len(ids)} tokens\n{prompt}\n--- token ids\n{ids}")
+    return 0
+
+
+def run_record(args, files, tokenizer, questions, prompts, device, dtype):
+    """What decides the output and what describes this run, for NAME.run.json."""
+    sampling = args.decoding if args.do_sample else None
+    few_shot = args.mode == "few_shot"
+    switch = None if args.mode == "chatml_think_prefill" else has_thinking_switch(tokenizer)
+    if switch is False:
+        log("note: this model's chat template has no thinking switch; the run record says so")
+    decides = {
+        "dataset_sha256": hash_questions(questions),
+        "split": args.split,
+        "mode": args.mode,
+        "few_shot_k": args.few_shot_k if few_shot else None,
+        "few_shot_style": args.few_shot_style if few_shot else None,
+        "thinking_switch": switch,
+        "prompt": prompts[0],
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": args.do_sample,
+        "temperature": sampling and sampling.temperature,
+        "top_p": sampling and sampling.top_p,
+        "top_k": sampling and sampling.top_k,
+        "seed": sampling and sampling.seed,
+        "dtype": dtype,
+    } | {f"sha256 of {name}": value for name, value in files.hashes().items()}
+    segment = {
+        "model": args.model_id,
+        "dataset": args.dataset,
+        "limit": args.limit,
+        "num_samples": args.num_samples,
+        "batch_size": args.batch_size,
+    } | describe_run(device)
+    return {"decides": decides, "segments": [segment]}
+
+
+def build_requests(args, prompts, missing, tokenizer, model):
+    """One request for each missing (id, sample); its limit is what the model's positions leave."""
+    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    limits = [min(args.max_new_tokens, positions - len(prompt)) for prompt in ids]
+    for i, limit in enumerate(limits):
+        if limit < 1:
+            raise UserError(f"question {i}: its prompt of {len(ids[i])} tokens does not fit the model's {positions} positions")
+    touched = sum(limits[i] < args.max_new_tokens for i, _ in missing)
+    if touched:
+        log(f"max_new_tokens cut for {touched} of {len(missing)} answers: the model has {positions} positions")
+    return [Request(i, sample, ids[i], limits[i]) for i, sample in missing]
+
+
+def answer(args, model, tokenizer, requests, questions, prompts, output):
+    """Generate and append each answer as it ends. A stop keeps them and says how to go on."""
+    from tqdm import tqdm
+
+    segment = output.record["segments"][-1]
+    segment |= {"seconds": None, "answers": 0, "prompt_tokens": 0, "output_tokens": 0, "hit_limit": 0}
+    output.write_record()
+    begun = time.perf_counter()
+    try:
+        with tqdm(total=len(requests), unit="question", smoothing=0.1) as bar:
+            for done in generate(model, tokenizer, requests, args.decoding, args.batch_size, note=tqdm.write):
+                output.append(answer_row(args.mode, done, questions[done.id], prompts[done.id]))
+                segment["answers"] += 1
+                segment["prompt_tokens"] += done.prompt_tokens
+                segment["output_tokens"] += done.output_tokens
+                segment["hit_limit"] += done.finish_reason == "length"
+                segment["seconds"] = round(time.perf_counter() - begun, 3)
+                bar.set_postfix_str(f"{segment['output_tokens'] / segment['seconds']:.0f} tokens/s", refresh=False)
+                bar.update()
+    except BaseException:
+        log(f"stopped: {len(output.places)} answers are on disk; the same command goes on from there")
+        with contextlib.suppress(UserError):  # the first error is the one to tell
+            output.write_record()
+        raise
+    output.finish()
+    report(args.output, segment)
+
+
+def answer_row(mode, done, question, prompt):
+    """One line of the JSONL. Other tools read the first four keys, in this order."""
+    return {
+        "id": done.id,
+        "question": question.question,
+        "model_output": done.text,
+        "ground_truth_answer": question.answer,
+        "mode": mode,
+        "sample": done.sample,
+        "thinking_open": thinking_is_open(prompt),
+        "finish_reason": done.finish_reason,
+        "prompt_tokens": done.prompt_tokens,
+        "output_tokens": done.output_tokens,
+    }
+
+
+def report(path, segment):
+    seconds = segment["seconds"]
+    print(
+        f"{segment['answers']} answers in {seconds:.1f} s ({segment['answers'] / seconds:.2f} a second), "
+        f"{segment['prompt_tokens']} prompt tokens, {segment['output_tokens']} output tokens "
+        f"({segment['output_tokens'] / seconds:.0f} a second), {segment['hit_limit']} hit the token limit\n"
+        f"{path}: score it with python benchmark.py {path}"
+    )
+
+
+def save_txt(path):
+    """The answers as readable text, NAME.txt."""
+    pages = [
+        f"===== question {row['id']}, sample {row['sample']}\n{row['question']}\n"
+        f"----- answer\n{row['model_output']}\n----- reference\n{row['ground_truth_answer']}\n"
+        for _, row in read_jsonl(path)
+    ]
+    write_atomically(path.with_suffix(".txt"), "\n".join(pages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

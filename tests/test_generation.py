@@ -1,0 +1,230 @@
+"""The rolling batch gives the tokens that one prompt at a time gives, and samples as stated."""
+
+import random
+
+import pytest
+import scipy.stats
+import torch
+import transformers
+from conftest import ROOT
+
+import common
+from common import Decoding, Request, UserError, counter_hash, generate, sample_tokens
+
+VOCABULARY = 211  # below the demo tokenizer's end tokens, so that random models run to their limit
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 324,
+    "intermediate_size": 401,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 54,
+    "initializer_range": 0.08,  # at the default of 0.02 random models echo one token
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(ROOT / "demo/model")
+
+
+def random_model(architecture="Qwen3", **changes):
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{architecture}Config")(**(SHAPE | changes))
+    attention = "eager" if architecture == "Gemma2" else "sdpa"  # softcapping exists in eager alone
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def random_requests(count=17, beginning=17, seed=5):
+    """Prompts that share a beginning, of uneven lengths, with uneven limits."""
+    draw = random.Random(seed)
+
+
+    def tokens(least, most):
+        return [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most))]
+
+    shared = tokens(beginning, beginning)
+    return [Request(i, 0, shared + tokens(1, 40), draw.randint(45, 80)) for i in range(count)]
+
+
+def tokens_of(model, tokenizer, requests, **options):
+    done = list(generate(model, tokenizer, requests, note=lambda line: None, **options))
+    assert sorted((c.id, c.sample) for c in done) == sorted((r.id, r.sample) for r in requests)
+    return {(c.id, c.sample): c.token_ids for c in done}
+
+
+def one_at_a_time(model, requests, stop_ids=None):
+    """What transformers' own generate gives for each prompt alone."""
+    result = {}
+    for request in requests:
+        ids = torch.tensor([request.prompt_ids])
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, do_sample=False,
+                eos_token_id=stop_ids, pad_token_id=0, temperature=None, top_k=None, top_p=None,
+            )  # fmt: skip
+        result[request.id, request.sample] = out[0, len(request.prompt_ids) :].tolist()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Qwen3", {}),
+        ("Llama", {"num_key_value_heads": 3}),
+        ("Mistral", {"sliding_window": 13}),
+        ("Gemma2", {"sliding_window": 11, "query_pre_attn_scalar": 54, "tie_word_embeddings": False}),
+        ("GPT2", {"n_embd": 252, "n_layer": 4, "n_head": 3, "n_positions": 256, "tie_word_embeddings": False}),
+    ],
+)
+def test_greedy_does_not_depend_on_batch_size_order_or_refill(architecture, changes, tokenizer):
+    model, requests = random_model(architecture, **changes), random_requests()
+    alone = one_at_a_time(model, requests)
+    assert min(len(set(tokens)) for tokens in alone.values()) >= 20
+    for batch_size in (1, 5, "auto"):
+        assert tokens_of(model, tokenizer, requests, batch_size=batch_size) == alone
+    assert tokens_of(model, tokenizer, requests[::-2], batch_size=4) == {
+        (r.id, 0): alone[r.id, 0] for r in requests[::-2]
+    }
+
+
+def test_prompts_without_a_shared_beginning_are_answered_alike(tokenizer):
+    model, requests = random_model(), random_requests(beginning=0)
+    assert tokens_of(model, tokenizer, requests, batch_size=6) == one_at_a_time(model, requests)
+
+
+def test_a_wrong_position_id_is_noticed(tokenizer, monkeypatch):
+    model, requests = random_model(), random_requests(6)
+    right = tokens_of(model, tokenizer, requests)
+    forward = model.forward
+
+    def off_by_one(position_ids, **inputs):
+        return forward(position_ids=position_ids + (position_ids.shape[1] == 1), **inputs)
+
+    monkeypatch.setattr(model, "forward", off_by_one)
+    wrong = tokens_of(model, tokenizer, requests)
+    assert all(wrong[key] != right[key] for key in right)
+
+
+@pytest.mark.parametrize("mode", common.MODES)
+def test_the_demo_model_answers_alike_in_any_batch(mode, tokenizer):
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=torch.float32)
+    requests = demo_requests(mode, tokenizer, 24)
+    alone = one_at_a_time(model, requests, sorted(common.stop_token_ids(model, tokenizer)))
+    assert tokens_of(model, tokenizer, requests, batch_size=7) == alone
+    assert tokens_of(model, tokenizer, requests) == alone
+
+
+def demo_requests(mode, tokenizer, count, samples=1, most=300):
+    train, test = (common.load_questions(str(ROOT / "demo/problems"), split) for split in ("train", "test"))
+    examples = [(item.question, item.answer) for item in train[:3]]
+    prompts = [common.build_prompt(mode, item.question, tokenizer, examples) for item in test[:count]]
+    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    return [Request(i, sample, ids[i], most) for i in range(count) for sample in range(samples)]
+
+
+def test_sampled_text_is_a_function_of_seed_question_sample_and_step(tokenizer):
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=torch.float32)
+    requests = demo_requests("thinking", tokenizer, 10, samples=3)
+    decoding = Decoding(do_sample=True, temperature=1.0, top_p=0.95, top_k=20, seed=1)
+    expected = tokens_of(model, tokenizer, requests, decoding=decoding)
+    assert tokens_of(model, tokenizer, requests[::-1], decoding=decoding, batch_size=4) == expected
+    alone = requests[4]
+    assert tokens_of(model, tokenizer, [alone], decoding=decoding) == {(1, 1): expected[1, 1]}
+    assert len({tuple(expected[i, sample]) for i in range(10) for sample in range(3)}) > 10
+    other = Decoding(do_sample=True, temperature=1.0, top_p=0.95, top_k=20, seed=2)
+    assert tokens_of(model, tokenizer, requests, decoding=other) != expected
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 20, 0.95), (1.7, 7, 1.0), (0.8, 0, 0.5), (1.0, 500, 0.9)]
+)
+def test_draws_follow_the_softmax_that_transformers_filters(temperature, top_k, top_p):
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
+    draws = 20_000
+    counters = torch.stack([torch.arange(draws) // 100, torch.arange(draws) % 10, torch.arange(draws)], dim=1)
+    drawn = sample_tokens(
+        logits.expand(draws, -1), counters, Decoding(True, temperature, top_p, top_k, seed=11)
+    ).bincount(minlength=40)
+    filtered = transformers.TemperatureLogitsWarper(temperature)(None, logits[None])
+    if top_k:
+        filtered = transformers.TopKLogitsWarper(top_k)(None, filtered)
+    filtered = transformers.TopPLogitsWarper(top_p)(None, filtered)
+    expected = filtered[0].double().softmax(-1) * draws
+    assert (drawn[expected == 0] == 0).all()
+    kept = expected > 0
+    assert scipy.stats.chisquare(drawn[kept], expected[kept]).pvalue > 1e-3
+
+
+def test_of_equal_logits_the_lower_token_id_ranks_first():
+    logits = torch.tensor([[1.0, 3.0, 3.0, -0.0, 0.0, 3.0]]).expand(500, -1)
+    counters = torch.arange(500)[:, None].expand(-1, 3)
+    drawn = sample_tokens(logits, counters, Decoding(True, 1.0, 1.0, top_k=2))
+    assert set(drawn.tolist()) == {1, 2}
+    tied = torch.full((1, 300), 2.0, dtype=torch.bfloat16)
+    assert common.choose_tokens(tied, [None], Decoding()) == [0]
+
+
+def test_the_hash_is_splitmix64():
+    assert counter_hash(torch.tensor(0)).item() & (2**64 - 1) == 0xE220A8397B1DCDAF
+    first = counter_hash(torch.tensor(1), torch.tensor(2))
+    assert first != counter_hash(torch.tensor(2), torch.tensor(1))
+
+
+def test_no_step_is_spent_on_a_finished_row_and_the_shared_beginning_is_read_once(tokenizer):
+    model, requests = random_model(), random_requests(40, beginning=50)
+    shapes = []
+    hook = model.register_forward_pre_hook(lambda _, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    done = tokens_of(model, tokenizer, requests, batch_size=8)
+    hook.remove()
+    decoded = sum(rows for rows, width in shapes if width == 1)
+    short_prompts = sum(len(r.prompt_ids) == 51 for r in requests)  # their prefill is one token wide too
+    assert sum(len(tokens) - 1 for tokens in done.values()) <= decoded
+    assert decoded <= sum(len(tokens) - 1 for tokens in done.values()) + short_prompts
+    prefilled = sum(rows * width for rows, width in shapes if width > 1)
+    assert prefilled < 50 + 40 * 41
+    assert max(rows for rows, _ in shapes) == 8
+
+
+def test_out_of_memory_injected_halves_the_batch_and_loses_nothing(tokenizer, monkeypatch):
+    model, requests = random_model(), random_requests()
+    expected, notes, forward = tokens_of(model, tokenizer, requests), [], model.forward
+    passes = []
+
+    def injected(input_ids, **inputs):
+        passes.append(1)
+        if len(passes) > 30 and input_ids.shape[0] > 3:
+            raise torch.OutOfMemoryError("injected by the test")
+        return forward(input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(model, "forward", injected)
+    done = {(c.id, c.sample): c.token_ids for c in generate(model, tokenizer, requests, batch_size=16, note=notes.append)}
+    assert done == expected
+    assert [note for note in notes if "batch size 8" in note or "batch size 4" in note or "batch size 2" in note]
+
+
+def test_nan_logits_name_the_question(tokenizer):
+    model = random_model()
+    model.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match=r"question \d+: .*NaN"):
+        tokens_of(model, tokenizer, random_requests(), batch_size=1)
+
+
+@pytest.mark.parametrize("architecture", ["Bloom", "Mamba"])
+def test_a_model_that_does_not_attend_over_keys_and_values_is_refused(architecture, tokenizer):
+    config = getattr(transformers, f"{architecture}Config")(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+    with pytest.raises(UserError, match=f"{architecture}.*cannot be run here"):
+        tokens_of(transformers.AutoModelForCausalLM.from_config(config), tokenizer, random_requests(2))
+
+
+def test_the_model_comes_back_as_it_was(tokenizer):
+    model = random_model().train()
+    attention = model.config._attn_implementation
+    tokens_of(model, tokenizer, random_requests(3))
+    assert model.training and model.config._attn_implementation == attention

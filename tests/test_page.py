@@ -1,0 +1,171 @@
+"""The page of `benchmark.py --html`, as a file and in a real headless Chromium."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import benchmark
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
+)
+HOSTILE = (
+    "<script>document.title = 'owned'</script></script><img src=x onerror=\"document.title = 'owned'\">"
+    "<!--<script>{{ 7 * 7 }}{% raw %}\u2028\ud800 & ' \" \x1b[31m\n#### 18"
+)
+
+
+def line(id, text, **more):
+    return {
+        "id": id,
+        "question": f"question <b>{id}</b>",
+        "model_output": text,
+        "ground_truth_answer": "#### 18",
+    } | more
+
+
+def make_page(folder, *files):
+    paths = []
+    for number, rows in enumerate(files):
+        paths.append(folder / f"run{number}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = folder / "page.html"
+    benchmark.main([*map(str, paths), "--html", str(page)])
+    return page
+
+
+def read_data(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Two runs over four questions: right/right, right/wrong, unfinished/no answer, hostile/ambiguous."""
+    first = ["#### 18", "<think>so</think>9+9\n#### 18 eggs", "<think>18", HOSTILE]
+    second = ["#### 18", "#### 7", "the answer is 18", "#### 4 and 6"]
+    return make_page(
+        tmp_path_factory.mktemp("page"),
+        [line(id, text, output_tokens=5) for id, text in enumerate(first)],
+        [line(id, text) for id, text in enumerate(second)],
+    )
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Open a page at a fragment, press keys, and give the DOM without its data; errors fail."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine")
+
+    def browse(page, fragment="", keys=()):
+        press = (
+            f"<script>for (const key of {json.dumps(keys)})"
+            "document.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));"
+            "document.body.dataset.fragment = location.hash;</script></body>"
+        )
+        pressed = tmp_path / "pressed.html"
+        pressed.write_text(page.read_text().replace("</body>", press))
+        command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", f"file://{pressed}#{fragment}"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in result.stderr
+        assert '<div id="error" role="alert"></div>' in result.stdout
+        return re.sub(r'<script type="application/json".*?</script>', "", result.stdout, flags=re.DOTALL)
+
+    return browse
+
+
+def shown(dom):
+    """The ids of the questions that the filters leave."""
+    ids = re.findall(r'<div class="question[^"]*"( hidden="")?><button.*?<span class="id">(\d+)</span>', dom)
+    assert f"{sum(not hidden for hidden, _ in ids)} of {len(ids)} questions" in dom
+    return [int(id) for hidden, id in ids if not hidden]
+
+
+def test_the_page_holds_every_answer_cut_where_it_was_read(page):
+    data = read_data(page)
+    first, second = data["questions"][1]["outputs"]
+    assert data["runs"] == ["run0", "run1"]
+    assert first[0]["parts"] == ["<think>so</think>", "9+9\n####", " 18 eggs", ""]
+    assert (first[0]["read"], first[0]["tokens"], second[0]["read"]) == ("18", 5, "7")
+    assert [data["statuses"][output["status"]] for output in first + second] == ["right", "wrong"]
+
+
+def test_the_page_needs_no_network_and_holds_no_markup_of_a_model(page):
+    text = page.read_text()
+    assert "default-src 'none'" in text
+    assert not re.search(r"(src|href)\s*=\s*[\"']?\w", re.sub(r'id="data">.*?</script>', "", text, flags=re.DOTALL))
+    assert "<img" not in text
+    assert text.count("</script>") == 2
+    assert "".join(read_data(page)["questions"][3]["outputs"][0][0]["parts"]) == HOSTILE.replace("\ud800", "\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("fragment", "ids"),
+    [
+        ("", [0, 1, 2, 3]),
+        ("run0=right&run1=wrong", [1]),
+        ("run0=right&run1=not_right", [1, 3]),
+        ("run0=unfinished", [2]),
+        ("run1=no_answer", [2]),
+        ("run1=ambiguous", [3]),
+        ("search=9%2B9", [1]),
+        ("search=EGGS", [1]),
+    ],
+)
+def test_filters_and_search_of_a_shared_link_are_applied(page, browse, fragment, ids):
+    assert shown(browse(page, fragment)) == ids
+
+
+def test_an_open_row_shows_the_chosen_runs_with_the_thought_folded_and_the_answer_marked(page, browse):
+    dom = browse(page, "open=1&show=0")
+    assert re.findall(r'class="run">(\w+)<', dom) == ["run0"]
+    assert "<details><summary>thought, 17 characters</summary><pre>&lt;think&gt;so&lt;/think&gt;</pre></details>" in dom
+    assert "<pre>9+9\n####<mark> 18 eggs</mark></pre>" in dom
+    assert "read 18 · 5 tokens" in dom
+
+
+def test_what_a_model_wrote_is_shown_as_text_and_never_run(page, browse):
+    dom = browse(page, "open=3")
+    assert "<title>GSM8K answers</title>" in dom
+    assert "<img" not in dom
+    assert "&lt;script&gt;document.title = 'owned'&lt;/script&gt;&lt;/script&gt;&lt;img src=x onerror=" in dom
+    assert "{{ 7 * 7 }}{% raw %}" in dom
+
+
+def test_keys_move_between_the_questions_shown_and_the_link_follows(page, browse):
+    assert 'data-fragment="#run0=right&amp;open=1"' in browse(page, "run0=right", ["j", "j", "j", "k"])
+    assert 'data-fragment="#run0=right"' in browse(page, "run0=right", ["j", "Escape"])
+
+
+def test_a_question_of_several_samples_shows_them_all(tmp_path, browse):
+    rows = [line(0, text, sample=sample) for sample, text in enumerate(["#### 18", "#### 1", "#### 18"])]
+    dom = browse(make_page(tmp_path, rows), "open=0")
+    assert 'title="run0: 2 of 3 right">2/3</span>' in dom
+    assert dom.count('class="output"') == 3
+
+
+def test_files_too_large_for_a_page_are_sampled_by_question_with_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "PAGE_BYTES", 5_000)
+    files = [[line(id, letter * 92 + "#### 18") for id in range(100)] for letter in "ab"]
+    page = make_page(tmp_path, *files)
+    questions = read_data(page)["questions"]
+    assert 10 <= len(questions) <= 40
+    assert all(len(output) == 1 for question in questions for output in question["outputs"])
+    warning = f"a sample of {len(questions)} of 100 questions"
+    assert warning in page.read_text()
+    assert warning in capsys.readouterr().err
+
+
+def test_twelve_real_files_make_a_page_under_25_megabytes(shared, tmp_path, browse):
+    files = sorted((shared / "published_outputs").glob("*.jsonl"))
+    paths = [tmp_path / f"{number}-{path.name}" for number, path in enumerate((files * 3)[:12])]
+    for path, source in zip(paths, (files * 3)[:12], strict=True):
+        path.symlink_to(source)
+    page = tmp_path / "page.html"
+    benchmark.main([*map(str, paths), "--html", str(page)])
+    assert page.stat().st_size < 25e6
+    assert "1,319 of 1,319 questions" in browse(page)
