@@ -76,7 +76,7 @@ SPLIT_SIZES = {"train": 3000, "validation": 500, "test": 800}
 
 
 def split_of(problem):
-    """The split a problem belongs to. It follows from template and numbers, so no pair is in two splits."""
+    """The split of a problem: a function of its template and numbers, so no pair is in two splits."""
     percent = zlib.crc32(repr((problem.template, problem.numbers)).encode()) % 100
     return "stream" if percent < 60 else "train" if percent < 80 else "validation" if percent < 88 else "test"
 
@@ -108,7 +108,8 @@ def write_problems(problems):
 def problem_lines(problems):
     """A problem file: `question` and `answer` as in GSM8K, then what they were made from."""
     return "".join(
-        json.dumps({"question": p.question, "answer": p.answer, "template": p.template, "numbers": p.numbers}) + "\n"
+        json.dumps({"question": p.question, "answer": p.answer, "template": p.template, "numbers": p.numbers})
+        + "\n"
         for p in problems
     )
 
@@ -119,7 +120,15 @@ def problem_lines(problems):
 
 ANNOTATION = re.compile(r"<<(.+?)=(\d+)>>")
 # Rows of each kind in a hundred: the five modes, bare sums, and questions to copy.
-SHARES = {"zero_shot": 12, "cot": 32, "few_shot": 10, "thinking": 18, "chatml_think_prefill": 18, "drill": 8, "echo": 6}
+SHARES = {
+    "zero_shot": 12,
+    "cot": 32,
+    "few_shot": 10,
+    "thinking": 18,
+    "chatml_think_prefill": 18,
+    "drill": 8,
+    "echo": 6,
+}
 
 
 def completion(mode, problem):
@@ -209,7 +218,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK_TOKENS = ("<think>", "</think>")
 # Qwen's rule for cutting text before the merges; every digit stands alone.
 QWEN_PRE_TOKENIZER = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -245,7 +255,9 @@ def make_tokenizer(problems):
     # The added tokens are cut out of the text, as they are once they exist.
     marks = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS + THINK_TOKENS))
     tokenizer.train_from_iterator([part for text in texts for part in marks.split(text)], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -263,12 +275,13 @@ def make_tokenizer(problems):
 # ------------------------------------------------------------------------------------------
 
 POSITIONS = 2048
-STEPS = 10000
-SHIPPED_STEP = 3000
+STEPS = 10_000
+# Late enough to solve most problems, early enough to leave something to learn.
+SHIPPED_STEP = 3_000
 TOKENS_A_STEP = 2048
+AVERAGED_STEPS = 200
 MATRIX_RATE, OTHER_RATE = 0.03, 5e-3
 WARM_UP, DECAY = 50, 0.4
-AVERAGED_STEPS = 50
 
 
 def make_model(tokenizer):
@@ -301,7 +314,7 @@ def make_model(tokenizer):
 
 
 def draw_batches(shots, tokenizer):
-    """Endless batches of rows of like length, about TOKENS_A_STEP tokens each: (ids, whether to learn it)."""
+    """Endless batches of rows of like length, about TOKENS_A_STEP tokens each: ids, and which to learn."""
     rng = random.Random(f"{SEED} stream")
     problems = draw_problems("stream", rng)
     while True:
@@ -321,9 +334,7 @@ def draw_batches(shots, tokenizer):
 def encode_row(pieces, tokenizer):
     """[(token id, whether the model learns to write it)]; pieces are tokenized apart, as inference does."""
     return [
-        (token, learn)
-        for text, learn in pieces
-        for token in tokenizer.encode(text, add_special_tokens=False)
+        (token, learn) for text, learn in pieces for token in tokenizer.encode(text, add_special_tokens=False)
     ]
 
 
@@ -332,7 +343,9 @@ def train(model, batches):
 
     That one is a running average: at a constant learning rate single steps are too noisy to stop at.
     """
-    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+    matrices = [
+        weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name
+    ]
     others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
     optimizers = [
         torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0),
@@ -359,7 +372,7 @@ def train(model, batches):
 
 
 def learning_rate(step):
-    """Warm-up, constant, then linear decay to zero over the last part."""
+    """A share of the full rate: warm-up, constant, then linear decay to zero over the last part."""
     return min((step + 1) / WARM_UP, 1.0, (STEPS - step) / (DECAY * STEPS))
 
 
@@ -397,7 +410,9 @@ def score_checkpoints(checkpoints, tokenizer, problems):
     """{(checkpoint, split, mode, style): Score}, each printed as it comes."""
     shots = [(shot.question, shot.answer) for shot in problems["train"][:3]]
     scores = {}
-    for (name, model), split, (mode, style) in itertools.product(checkpoints.items(), ("validation", "test"), ROWS):
+    for (name, model), split, (mode, style) in itertools.product(
+        checkpoints.items(), ("validation", "test"), ROWS
+    ):
         score = score_mode(model, tokenizer, problems[split], mode, style, shots)
         scores[name, split, mode, style] = score
         print(f"{name:8} {split:10} {mode:20} {style:6} {accuracy(score)}", flush=True)
@@ -409,7 +424,9 @@ def score_mode(model, tokenizer, problems, mode, style, shots):
     examples = shots if mode == "few_shot" else ()
     prompts = [build_prompt(mode, problem.question, tokenizer, examples, style) for problem in problems]
     requests = [Request(i, 0, tokenizer.encode(prompt), MOST_TOKENS) for i, prompt in enumerate(prompts)]
-    answers = sorted(generate(model, tokenizer, requests, note=lambda line: None), key=lambda answer: answer.id)
+    answers = sorted(
+        generate(model, tokenizer, requests, note=lambda line: None), key=lambda answer: answer.id
+    )
     outcomes = [
         score_final(answer.text, problem.answer, thinking_is_open(prompt))
         for answer, problem, prompt in zip(answers, problems, prompts, strict=True)
@@ -439,29 +456,31 @@ CARD = """\
 Written by `python -m demo.make`, figures included.
 
 `model/` has Qwen3's architecture and {parameters:,} parameters, and `problems/` holds word problems that
-were written for it. They show the whole pipeline at work in minutes on two cores. They show nothing
-else: the model knows the {templates} templates of [templates.py](templates.py) and no others, it cannot
-solve a question of the real GSM8K, and no figure here says anything about a real model.
+were written for it. They show the whole pipeline at work in minutes on two cores, and nothing else: the
+model knows the {templates} templates of [templates.py](templates.py) and nothing of the real GSM8K, and no
+figure here says anything about a real model.
 
 ## Problems
 
-{train:,} train and {test:,} test problems in GSM8K's format, of 1 to 5 steps, results from 2 to 300. Each line also
-holds the `template` and the `numbers` that it was made from. A hash of these two decides the split, so no
-pair stands in two splits. The validation problems ({validation:,}, made from the same seed and not kept in a
-file) served for every choice; the test problems were scored once.
+{train:,} train and {test:,} test problems in GSM8K's format, of 1 to 5 steps, with results from 2 to 300.
+Each line also holds the `template` and the `numbers` that it was made from. A hash of these two decides
+the split, so no pair stands in two splits. The {validation:,} validation problems, made from the same
+seed and kept in no file, served for every choice; the test problems were scored once.
 
 Always giving the most common answer of train would be right in {guess:.1f} % of the test problems.
 
 ## Model
 
-Qwen3 with {layers} layers of width {width}, {heads} attention heads and {kv_heads} key/value heads of size {head_size}, tied embeddings,
-fp32. Its tokenizer is a byte-level BPE of {vocabulary:,} tokens with Qwen's rule for cutting text, single digits, and
-Qwen3's chat and think tokens. It was trained for {steps:,} steps of about {tokens:,} tokens on an endless stream of
-problems, in the share of {shares} rows (drill: bare sums; echo: the question copied), with Muon on the
-matrices and AdamW on the rest.
+Qwen3 with {layers} layers of width {width}, {heads} attention heads and {kv_heads} key/value heads of
+size {head_size}, tied embeddings, fp32. Its tokenizer is a byte-level BPE of {vocabulary:,} tokens with
+Qwen's rule for cutting text, single digits, and Qwen3's chat and think tokens. It was trained for {steps:,}
+steps of about {tokens:,} tokens, with Muon on the matrices and AdamW on the rest, on an endless stream of problems. Of 100 rows
+{shares}
+(drill: bare sums; echo: a question to copy; half of the zero_shot rows have one step). Of train.jsonl it
+has seen the first four problems, the worked examples of few_shot.
 
-`model/` is the checkpoint of step {shipped_step:,}, the average of about the last {averaged} steps: good enough to show
-every mode, with something left for fine-tuning to learn. That step was fixed on the validation
+`model/` is the checkpoint of step {shipped_step:,}, averaged over about its last {averaged} steps: good
+enough to show every mode, with something left for fine-tuning to learn. That step was fixed on the validation
 problems before any fine-tuning was tried. The finished model goes to `outputs/demo-finished`.
 
 Its thoughts differ from its worked answers: they restate the question and take the hard sums apart
@@ -504,7 +523,9 @@ def write_card(scores, model, tokenizer, problems):
     lengths = []
     for row in ROWS:
         ordered = sorted(scores["shipped", "test", *row].lengths)
-        lengths.append([labels[row], f"{sum(ordered) / len(ordered):.0f}", ordered[len(ordered) * 9 // 10], ordered[-1]])
+        lengths.append(
+            [labels[row], f"{sum(ordered) / len(ordered):.0f}", ordered[len(ordered) * 9 // 10], ordered[-1]]
+        )
     card = CARD.format(
         parameters=model.num_parameters(),
         templates=len(TEMPLATES),
@@ -517,7 +538,7 @@ def write_card(scores, model, tokenizer, problems):
         vocabulary=len(tokenizer),
         steps=STEPS,
         tokens=TOKENS_A_STEP,
-        shares=", ".join(f"{share} {mode}" for mode, share in SHARES.items()),
+        shares=", ".join(f"{share} are {kind}" for kind, share in SHARES.items()),
         shipped_step=SHIPPED_STEP,
         averaged=AVERAGED_STEPS,
         most_tokens=MOST_TOKENS,

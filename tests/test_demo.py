@@ -44,7 +44,12 @@ def compute(expression):
 
 
 def mask_names(text):
-    return re.sub(r"\b(she|he|her|his|him)\b", "_", re.sub(rf"\b({'|'.join(PRONOUNS)})\b", "_", text), flags=re.IGNORECASE)
+    return re.sub(
+        r"\b(she|he|her|his|him)\b",
+        "_",
+        re.sub(rf"\b({'|'.join(PRONOUNS)})\b", "_", text),
+        flags=re.IGNORECASE,
+    )
 
 
 def test_there_are_many_templates_of_one_to_five_steps(splits):
@@ -60,7 +65,9 @@ def test_every_annotation_and_answer_is_right(splits):
         results = []
         for step in steps:
             # GSM8K's form: the sum, then the annotation, then its result
-            written, expression, result, shown = re.search(r"([\d+*/-]+)=\$?<<([^=<>]+)=(\d+)>>(\d+)", step).groups()
+            written, expression, result, shown = re.search(
+                r"([\d+*/-]+)=\$?<<([^=<>]+)=(\d+)>>(\d+)", step
+            ).groups()
             assert written == expression and result == shown and compute(expression) == int(result), step
             # every number of a sum stands in the question, came out before, or is common knowledge
             known = re.findall(r"\d+", problem.question) + results + ["2", "60", "100"]
@@ -94,7 +101,11 @@ def test_the_problem_files_follow_from_the_seed(split):
 
 def test_any_text_survives_the_tokenizer(tokenizer):
     every_code_point = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F000, 0x1FB00)]))
-    texts = [every_code_point, "e\u0301 é 日本語 🎉👩‍👩‍👧 \x00\x07\x1b", "  a \n\n\t b  .  , n't <|im_end|><think>\n</think> 's"]
+    texts = [
+        every_code_point,
+        "e\u0301 é 日本語 🎉👩‍👩‍👧 \x00\x07\x1b",
+        "  a \n\n\t b  .  , n't <|im_end|><think>\n</think> 's",
+    ]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -109,7 +120,9 @@ def test_tokens_are_those_of_qwen3(tokenizer):
 
 
 def test_chat_template_thinks_unless_told_not_to(tokenizer):
-    messages = build_messages("few_shot", "What is 1+1?", [("What is 2+2?", "2+2=<<2+2=4>>4\n#### 4")], "turns")
+    messages = build_messages(
+        "few_shot", "What is 1+1?", [("What is 2+2?", "2+2=<<2+2=4>>4\n#### 4")], "turns"
+    )
     turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
     def render(**options):
