@@ -23,7 +23,7 @@ import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, islice
 from math import comb, sqrt
 from pathlib import Path
 from statistics import NormalDist
@@ -228,6 +228,8 @@ def name_runs(runs):
 
 def score_run(path, options):
     """Score a file: as a stream where it is in order with one sample a question, else with its rows kept."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a plain file, and files are read more than once; write it to one first")
     prefilled = not options.thinking and was_prefilled(path, options.skip_bad)
     run = None if options.compare else score_rows(path, options, prefilled, keep=False)
     run = run or score_rows(path, options, prefilled, keep=True)
@@ -516,9 +518,9 @@ def read_record(path):
     """The run record beside a file, or None where there is none that can be read."""
     try:
         record = json.loads(path.with_suffix(".run.json").read_text())
-    except (OSError, ValueError):
+        whole = isinstance(record["decides"], dict) and isinstance(record["segments"][-1], dict)
+    except (OSError, ValueError, RecursionError, KeyError, IndexError, TypeError):
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("decides"), dict) and record.get("segments")
     return record if whole else None
 
 
@@ -693,16 +695,12 @@ def run_notes(run):
 
 def print_wrong(run, options):
     """The first --wrong answers of a run that are not right: question, gold, what was read, the end."""
-    shown = 0
-    for row, reading, status in read_again(run, options):
-        if status != "right" and shown < options.wrong:
-            shown += 1
-            read = status.replace("_", " ") if reading.number is None else f"read {reading.number}"
-            print(
-                f"\n--- {printable(run.name)}, id {printable(str(row.id))}, sample {row.sample}: {read}, gold {row.gold}"
-            )
-            print(printable(row.question))
-            print("..." + printable(row.text[-400:]) if len(row.text) > 400 else printable(row.text))
+    wrong = ((row, reading, status) for row, reading, status in read_again(run, options) if status != "right")
+    for row, reading, status in islice(wrong, options.wrong):
+        read = status.replace("_", " ") if reading.number is None else f"read {reading.number}"
+        print(f"\n--- {printable(run.name)}, id {printable(str(row.id))}, sample {row.sample}: {read}, gold {row.gold}")
+        print(printable(row.question))
+        print("..." + printable(row.text[-400:]) if len(row.text) > 400 else printable(row.text))
 
 
 def read_again(run, options, share=1.0):
@@ -732,20 +730,19 @@ STATUS_COLOURS = dict(zip(STATUSES, ("#0072B2", "#D55E00", "#999999", "#F0E442",
 
 
 def plot(runs, published, path):
-    """Accuracies with intervals and published figures; what became of the answers; accuracy by tokens."""
+    """Accuracies with intervals and published figures; what became of the answers; tokens and votes where there are."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = 3 if any(mean_tokens(run) for run in runs) else 2
-    size = (1.8 + 3.1 * panels, 1.6 + 0.5 * max(len(runs), 4))  # inches; at README width 1 inch is about 80 pixels
-    figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained")
-    names = [f"{wrap_name(run.name)}  {number}" for number, run in enumerate(runs, 1)]
-    draw_accuracies(axes[0], runs, names, published)
-    draw_statuses(axes[1], runs)
-    if panels == 3:
-        draw_tokens(axes[2], runs)
+    below = [draw_tokens] if any(mean_tokens(run) for run in runs) else []
+    below += [draw_votes] if any(run.several for run in runs) else []
+    heights = [1.6 + 0.5 * max(len(runs), 4)] + ([3.4] if below else [])  # inches; README shows 8 in about 850 pixels
+    layout = [[draw_accuracies, draw_statuses], [below[0], below[-1]]] if below else [[draw_accuracies, draw_statuses]]
+    figure, axes = pyplot.subplot_mosaic(layout, figsize=(8, sum(heights)), height_ratios=heights, layout="constrained")
+    for draw, axis in axes.items():
+        draw(axis, runs, published)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -764,7 +761,8 @@ def wrap_name(name):
     return "\n".join(lines)
 
 
-def draw_accuracies(axis, runs, names, published):
+def draw_accuracies(axis, runs, published):
+    names = [f"{wrap_name(run.name)}  {number}" for number, run in enumerate(runs, 1)]
     height = 0.36 if published else 0.6
     for place, run in enumerate(runs):
         accuracy, (low, high) = percent(run.counts["right"], run.n), accuracy_interval(run, "right")
@@ -785,7 +783,7 @@ def draw_accuracies(axis, runs, names, published):
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
 
 
-def draw_statuses(axis, runs):
+def draw_statuses(axis, runs, _):
     left = [0.0] * len(runs)
     for status, colour in STATUS_COLOURS.items():
         shares = [percent(run.counts[status], run.n) for run in runs]
@@ -800,10 +798,9 @@ def draw_statuses(axis, runs):
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
 
 
-def draw_tokens(axis, runs):
-    """A point a run that counts its tokens, with the run's number; runs nearly on one spot share a label."""
-    widest = max(mean_tokens(run) or 0 for run in runs)
-    labels = {}
+def draw_tokens(axis, runs, _):
+    """A point a run that counts its tokens, with the run's number."""
+    widest, spots = max(mean_tokens(run) or 0 for run in runs), []
     for number, run in enumerate(runs, 1):
         tokens = mean_tokens(run)
         if tokens is None:
@@ -811,16 +808,47 @@ def draw_tokens(axis, runs):
         accuracy, (low, high) = percent(run.counts["right"], run.n), accuracy_interval(run, "right")
         error = [[accuracy - low], [high - accuracy]]
         axis.errorbar(tokens, accuracy, yerr=error, fmt="o", color=STATUS_COLOURS["right"], ecolor="black", capsize=3)
-        spot = next(
-            (spot for spot in labels if abs(spot[0] - tokens) < 0.05 * widest and abs(spot[1] - accuracy) < 5),
-            (tokens, accuracy),
+        spots.append((tokens, accuracy, number))
+    annotate_runs(axis, spots, 0.05 * widest)
+    axis.set(xlabel="output tokens, mean", ylabel="right by final answer, %", ylim=(0, 100), xlim=(0, 1.3 * widest))
+
+
+def draw_votes(axis, runs, _):
+    """pass@k and maj@k over k for the runs with several samples, each line ending in its run's number."""
+    spots, ends = [], [1]
+    for number, run in enumerate(runs, 1):
+        if not run.several:
+            continue
+        votes = count_votes(run)
+        for shares, style in ((votes.pass_at, "--"), (votes.majority_at, "-")):
+            axis.plot(range(1, len(shares) + 1), shares, style, marker=".", color=STATUS_COLOURS["right"])
+            spots.append((len(shares), shares[-1], number))
+            ends.append(len(shares))
+    annotate_runs(axis, spots, 0.04 * max(ends))
+    axis.plot([], [], "--", color=STATUS_COLOURS["right"], label="pass@k")
+    axis.plot([], [], "-", color=STATUS_COLOURS["right"], label="maj@k")
+    axis.set(xlabel="samples, k", ylabel="right, %", ylim=(0, 105), xlim=(0.8, 1.25 * max(ends)))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(loc="lower right", frameon=False)
+
+
+def annotate_runs(axis, spots, near):
+    """Numbers of runs to the right of their (x, y) spots; one spot has one label, and labels keep apart."""
+    labels = {}
+    for x, y, number in sorted(spots):
+        same = (spot for spot in labels if abs(spot[0] - x) < near and abs(spot[1] - y) < 1)
+        labels.setdefault(next(same, (x, y)), []).append(number)
+    placed = []
+    for (x, y), numbers in sorted(labels.items(), key=lambda label: label[0][1]):
+        height = max([y] + [other + 7 for at, other in placed if abs(at - x) < 4 * near])
+        placed.append((x, height))
+        axis.annotate(
+            ", ".join(map(str, sorted(numbers))),
+            (x, y),
+            (x + near, height),
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#999999"},
         )
-        labels.setdefault(spot, []).append(str(number))
-    for spot, numbers in labels.items():
-        label = ",\n".join(", ".join(numbers[start : start + 4]) for start in range(0, len(numbers), 4))
-        axis.annotate(label, spot, (8, 0), textcoords="offset points", va="center")
-    axis.set(xlabel="output tokens, mean", ylabel="right by final answer, %", ylim=(0, 100))
-    axis.set_xlim(0, 1.25 * widest)
 
 
 # ------------------------------------------------------------------------------------------

@@ -1176,17 +1176,25 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def read_jsonl(path, required=()):
+def read_jsonl(path, required=(), bad=None):
     """Yield (line number, object) for every line that is not blank.
 
     A line that is not UTF-8, not JSON, not an object or lacks a required key is a UserError that
-    names the file, the line and the key.
+    names the file, the line and the key; given a list `bad`, its number goes there instead.
     """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, parse_json_line(path, number, line, required)
+                if not line.strip():
+                    continue
+                try:
+                    row = parse_json_line(path, number, line, required)
+                except UserError:
+                    if bad is None:
+                        raise
+                    bad.append(number)
+                    continue
+                yield number, row
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -1251,6 +1259,7 @@ class RunOutput:
         self.part_path = Path(f"{path}.part")
         self.record_path = self.path.with_suffix(".run.json")
         self.places = {}  # (id, sample) -> (file, offset) of its line
+        self.totals = dict.fromkeys(("answers", "prompt_tokens", "output_tokens", "hit_limit"), 0)
 
     @contextlib.contextmanager
     def opened(self, record, overwrite=False):
@@ -1262,16 +1271,18 @@ class RunOutput:
         with self.named_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.part = open(self.part_path, "a+b", buffering=0)  # noqa: SIM115 - closed below
+            self.last_answer = os.fstat(self.part.fileno()).st_mtime
         try:
             self.lock()
             if overwrite:
                 self.part.truncate(0)
                 self.path.unlink(missing_ok=True)
                 self.record_path.unlink(missing_ok=True)
-            self.record = self.resumed_record(record)
+            segments = self.earlier_segments(record)
             self.repair_part()
             self.index(self.path)
             self.index(self.part_path)
+            self.record = record | {"segments": self.complete(segments) + record["segments"]}
             yield self
         finally:
             if self.part_path.exists() and not os.fstat(self.part.fileno()).st_size:
@@ -1292,21 +1303,31 @@ class RunOutput:
         except OSError as error:
             raise UserError(f"{self.path}: another process is writing it; wait for it or pass another --output") from error
 
-    def resumed_record(self, new):
-        if not self.record_path.exists():
-            if self.path.exists() or os.fstat(self.part.fileno()).st_size:
-                raise UserError(
-                    f"{self.path}: exists without its run record {self.record_path.name}; "
-                    "pass --overwrite or another --output"
-                )
-            return new
-        old = read_json(self.record_path)
-        compare_records(self.record_path, old, new)
-        unfinished = [segment for segment in old["segments"] if segment.get("seconds") is None]
-        for segment in unfinished:  # killed: the last answer's time is the best that is known
-            started = datetime.datetime.fromisoformat(segment["started"]).timestamp()
-            segment["seconds"] = round(max(0.0, os.fstat(self.part.fileno()).st_mtime - started), 3)
-        return new | {"segments": old["segments"] + new["segments"]}
+    def earlier_segments(self, new):
+        """The segments of the run record on disk, which must decide as the new one does."""
+        if self.record_path.exists():
+            old = read_json(self.record_path)
+            compare_records(self.record_path, old, new)
+            return old["segments"]
+        if self.path.exists() or os.fstat(self.part.fileno()).st_size:
+            raise UserError(
+                f"{self.path}: exists without its run record {self.record_path.name}; "
+                "pass --overwrite or another --output"
+            )
+        return []
+
+    def complete(self, segments):
+        """Give a killed segment what it could not write: its answers, and the time of the last one."""
+        for segment in segments:
+            if segment.get("seconds") is None:
+                started = datetime.datetime.fromisoformat(segment["started"]).timestamp()
+                segment["seconds"] = round(max(0.0, self.last_answer - started), 3)
+                segment.update(self.totals_beyond([other for other in segments if other is not segment]))
+        return segments
+
+    def totals_beyond(self, segments):
+        """What is on disk less what these segments made."""
+        return {name: total - sum(s.get(name, 0) for s in segments) for name, total in self.totals.items()}
 
     def repair_part(self):
         """Cut off a last line that was torn when its process died."""
@@ -1322,11 +1343,22 @@ class RunOutput:
             offset = 0
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
-                    row = parse_json_line(path, number, line, ("id", "sample"))
-                    self.places[row["id"], row["sample"]] = path, offset
+                    row = parse_json_line(path, number, line, ("id", "sample", "finish_reason", "prompt_tokens", "output_tokens"))
+                    self.count(row, path, offset)
                     offset += len(line)
 
-    def write_record(self):
+    def count(self, row, path, offset):
+        if (row["id"], row["sample"]) not in self.places:
+            self.totals["answers"] += 1
+            self.totals["hit_limit"] += row["finish_reason"] == "length"
+            for name in ("prompt_tokens", "output_tokens"):
+                self.totals[name] += row[name]
+        self.places[row["id"], row["sample"]] = path, offset
+
+    def write_record(self, seconds=None):
+        """Write the run record; `seconds` is how long the present segment has taken."""
+        *earlier, segment = self.record["segments"]
+        segment.update(self.totals_beyond(earlier), seconds=seconds)
         with self.named_errors():
             write_atomically(self.record_path, json.dumps(self.record, indent=2) + "\n")
 
@@ -1339,7 +1371,7 @@ class RunOutput:
         with self.named_errors():
             while line:
                 line = line[self.part.write(line) :]
-        self.places[row["id"], row["sample"]] = self.part_path, offset
+        self.count(row, self.part_path, offset)
 
     def put_back(self):
         """The output folder was removed: the open file still holds the answers, write them again."""
@@ -1362,7 +1394,6 @@ class RunOutput:
                     sources[source].seek(offset)
                     file.write(sources[source].readline())
             self.part.truncate(0)
-        self.write_record()
 
 
 def compare_records(path, old, new):

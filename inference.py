@@ -242,28 +242,23 @@ def answer(args, model, tokenizer, requests, questions, prompts, output):
     """Generate and append each answer as it ends. A stop keeps them and says how to go on."""
     from tqdm import tqdm
 
-    segment = output.record["segments"][-1]
-    segment |= {"seconds": None, "answers": 0, "prompt_tokens": 0, "output_tokens": 0, "hit_limit": 0}
+    begun, before = time.perf_counter(), output.totals["output_tokens"]
     output.write_record()
-    begun = time.perf_counter()
     try:
         with tqdm(total=len(requests), unit="question", smoothing=0.1) as bar:
             for done in generate(model, tokenizer, requests, args.decoding, args.batch_size, note=tqdm.write):
                 output.append(answer_row(args.mode, done, questions[done.id], prompts[done.id]))
-                segment["answers"] += 1
-                segment["prompt_tokens"] += done.prompt_tokens
-                segment["output_tokens"] += done.output_tokens
-                segment["hit_limit"] += done.finish_reason == "length"
-                segment["seconds"] = round(time.perf_counter() - begun, 3)
-                bar.set_postfix_str(f"{segment['output_tokens'] / segment['seconds']:.0f} tokens/s", refresh=False)
+                rate = (output.totals["output_tokens"] - before) / (time.perf_counter() - begun)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                 bar.update()
+        output.finish()
     except BaseException:
         log(f"stopped: {len(output.places)} answers are on disk; the same command goes on from there")
         with contextlib.suppress(UserError):  # the first error is the one to tell
-            output.write_record()
+            output.write_record(seconds=round(time.perf_counter() - begun, 3))
         raise
-    output.finish()
-    report(args.output, segment)
+    output.write_record(seconds=round(time.perf_counter() - begun, 3))
+    report(args.output, output.record["segments"][-1])
 
 
 def answer_row(mode, done, question, prompt):

@@ -12,10 +12,12 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+SHARED = Path(os.environ.get("GSM8K_SHARED") or ROOT.parent / "shared")
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of reference data: GSM8K, the Qwen3 tokenizer, published outputs."""
-    folder = Path(os.environ.get("GSM8K_SHARED") or ROOT.parent / "shared")
-    if not folder.is_dir():
-        pytest.skip(f"no reference data at {folder}; set GSM8K_SHARED to its folder")
-    return folder
+    if not SHARED.is_dir():
+        pytest.skip(f"no reference data at {SHARED}; set GSM8K_SHARED to its folder")
+    return SHARED

@@ -1,13 +1,17 @@
 """`benchmark.py` from its command line: what it counts, what it refuses, how it prints."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from math import comb
 
 import pytest
 from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import benchmark
 
@@ -173,7 +177,35 @@ def test_a_file_without_a_line_to_score_is_refused(write, refuse, tmp_path):
     assert "no line" in refuse(write(""))
     assert "no line" in refuse(write("{\n"), "--skip-bad")
     assert "cannot be read" in refuse(str(tmp_path / "none.jsonl"))
-    assert "cannot be read" in refuse(str(tmp_path))
+    assert "not a plain file" in refuse(str(tmp_path))
+
+
+def test_a_pipe_is_refused_before_it_is_read(refuse, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a plain file" in refuse(str(tmp_path / "pipe"))
+
+
+rows_of_anything = st.dictionaries(
+    st.sampled_from([*line(), "sample", "thinking_open", "finish_reason", "output_tokens"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=9)
+    | st.just("#### 1")
+    | st.lists(st.none(), max_size=1),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.binary(max_size=40) | rows_of_anything.map(lambda row: json.dumps(row).encode()), max_size=5))
+def test_any_bytes_are_scored_or_refused_in_one_line(tmp_path, lines):
+    path = tmp_path / "any.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    for flags in ([], ["--skip-bad"]):
+        try:
+            benchmark.main([str(path), *flags])
+        except SystemExit as stop:
+            assert stop.code == 2
 
 
 def test_a_line_that_stands_twice_is_refused(write, refuse):
@@ -210,6 +242,30 @@ def test_twelve_files_are_started_and_scored_in_about_a_second_without_torch(sha
 
 def right_where(count, of, start=0):
     return [line(q, "#### 18" if start <= q < start + count else "#### 1") for q in range(of)]
+
+
+def test_a_file_in_order_is_read_as_a_stream(write, score):
+    path = write([line(id, "9 " * 500) for id in range(5_000)])
+    tracemalloc.start()
+    score(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500_000  # bytes, of a file of 5 million
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_votes_and_comparisons_keep_little_of_a_line(write, samples):
+    rows = [line(id, f"#### {id}", sample=s) for id in range(20_000 // samples) for s in range(samples)]
+    files = [write(rows, name) for name in ("a.jsonl", "b.jsonl")]
+    options = benchmark.parse([*files, "--compare"])
+    tracemalloc.start()
+    runs = [benchmark.score_run(path, options) for path in options.files]
+    benchmark.compare_runs(runs)
+    if samples > 1:
+        benchmark.count_votes(runs[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / (2 * len(rows)) < 150  # bytes a line
 
 
 def test_a_comparison_is_paired_and_exact(write, score):
@@ -320,10 +376,11 @@ def test_wrong_answers_are_shown_without_their_control_characters(write, capsys)
     assert shown[1:] == ["run, id 1, sample 0: read 7, gold 18\nquestion 1\n\\x1b[2Jso\n#### 7\n"]
 
 
+@pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("more", [{}, {"output_tokens": 9}])
-def test_the_picture_is_drawn_with_and_without_token_counts(write, tmp_path, more):
+def test_the_picture_is_drawn_with_and_without_token_counts_and_votes(write, tmp_path, more, samples):
     picture = tmp_path / "runs.png"
-    rows = [row | more for row in right_where(1, 3)]
+    rows = [row | more | {"sample": sample} for row in right_where(1, 3) for sample in range(samples)]
     benchmark.main(
         [write(rows, "$x_$.jsonl"), write(rows, "cot_model_outputs.jsonl"), "--published", "--plot", str(picture)]
     )

@@ -1,0 +1,169 @@
+"""inference.py answers in every mode, writes what other tools read, and goes on where it stopped."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+import benchmark
+import common
+import inference
+
+MODEL, PROBLEMS = str(ROOT / "demo/model"), str(ROOT / "demo/problems")
+KEYS = [
+    "id", "question", "model_output", "ground_truth_answer", "mode", "sample", "thinking_open",
+    "finish_reason", "prompt_tokens", "output_tokens",
+]  # fmt: skip
+
+
+def run(output, *flags, model=MODEL, dataset=PROBLEMS):
+    return inference.main(["--model-id", model, "--dataset", dataset, "--output", str(output), *map(str, flags)])
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("mode", common.MODES)
+def test_every_mode_answers_the_demo_and_scores(mode, tmp_path, capsys):
+    output = tmp_path / f"{mode}.jsonl"
+    assert run(output, "--mode", mode, "--limit", 20, "--save-txt", "--max-new-tokens", 300) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"20 answers in .* s .* hit the token limit", printed.out)
+    assert "dtype fp32: the default on cpu" in printed.out and "batch size 20:" in printed.out
+    lines = rows(output)
+    problems = rows(ROOT / "demo/problems/test.jsonl")
+    assert [row["id"] for row in lines] == list(range(20))
+    assert all(list(row) == KEYS for row in lines)
+    assert [row["ground_truth_answer"] for row in lines] == [item["answer"] for item in problems[:20]]
+    assert all(row["thinking_open"] == (mode == "chatml_think_prefill") for row in lines)
+    assert all("<|im_end|>" not in row["model_output"] for row in lines)
+    assert sum("</think>" in row["model_output"] for row in lines) == (20 if mode in inference.THINKING_MODES else 0)
+    assert lines[3]["question"] in output.with_suffix(".txt").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{mode}.{end}" for end in ("jsonl", "run.json", "txt")]
+    benchmark.main(["--json", str(output)])
+    assert json.loads(capsys.readouterr().out)[0]["n"] == 20
+
+
+def test_the_run_record_says_what_decided_the_output(tmp_path):
+    run(tmp_path / "a.jsonl", "--mode", "thinking", "--limit", 2, "--max-new-tokens", 20)
+    record = common.read_json(tmp_path / "a.run.json")
+    decides, segment = record["decides"], record["segments"][0]
+    assert decides["mode"] == "thinking" and decides["prompt"].endswith("<|im_start|>assistant\n")
+    assert [decides[name] for name in ("do_sample", "temperature", "top_p", "top_k")] == [True, 0.6, 0.95, 20]
+    assert decides["sha256 of model.safetensors"] == common.hash_file(ROOT / "demo/model/model.safetensors")
+    assert decides["thinking_switch"] is True and decides["dtype"] == "fp32"
+    assert segment["answers"] == 2 and segment["seconds"] > 0 and segment["versions"]["torch"]
+
+
+@pytest.mark.parametrize("flags", [("--mode", "cot"), ("--mode", "thinking", "--num-samples", 3)])
+def test_a_run_in_pieces_ends_as_a_run_in_one(flags, tmp_path, monkeypatch, capsys):
+    flags = (*flags, "--max-new-tokens", 120)
+    run(tmp_path / "whole.jsonl", *flags, "--limit", 12)
+    pieces = tmp_path / "pieces.jsonl"
+    run(pieces, *flags, "--limit", 5, "--batch-size", 3)  # --limit may grow
+    append, written = common.RunOutput.append, []
+
+    def stop_early(self, row):
+        append(self, row)
+        written.append(row)
+        if len(written) == 4:
+            with open(self.part_path, "ab") as part:
+                part.write(b'{"id": 11, "sam')  # as a process dies in the middle of a line
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.RunOutput, "append", stop_early)
+    with pytest.raises(SystemExit, match="130"):
+        run(pieces, *flags, "--limit", 12)
+    assert "the same command goes on from there" in capsys.readouterr().out
+    monkeypatch.setattr(common.RunOutput, "append", append)
+    run(pieces, *flags, "--limit", 12)
+    assert "dropped a torn last line" in capsys.readouterr().out
+    assert pieces.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    segments = common.read_json(tmp_path / "pieces.run.json")["segments"]
+    assert len(segments) == 3 and sum(s["answers"] for s in segments) == len(rows(pieces))
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, capsys):
+    for _ in range(2):
+        assert run(tmp_path / "a.jsonl", "--limit", 2) == 0
+    assert "finished already, 2 answers" in capsys.readouterr().out
+    assert len(common.read_json(tmp_path / "a.run.json")["segments"]) == 1
+
+
+def test_runs_that_decide_differently_do_not_mix(tmp_path, capsys):
+    run(tmp_path / "a.jsonl", "--limit", 2)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 99)
+    assert re.search(r"max_new_tokens = 512, this run has 99; pass --overwrite", capsys.readouterr().err)
+    assert run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 99, "--overwrite") == 0
+
+
+def test_only_one_process_writes_an_output(tmp_path, capsys):
+    record = {"decides": {}, "segments": []}
+    writer = common.RunOutput(tmp_path / "a.jsonl").opened(record)
+    with writer, pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", "--limit", 1)
+    assert "another process is writing it" in capsys.readouterr().err
+
+
+def test_an_output_folder_removed_while_running_comes_back_with_its_answers(tmp_path, monkeypatch, capsys):
+    import shutil
+
+    output, append = tmp_path / "gone" / "a.jsonl", common.RunOutput.append
+
+    def remove_once(self, row):
+        if len(self.places) == 3:
+            shutil.rmtree(output.parent)
+        append(self, row)
+
+    monkeypatch.setattr(common.RunOutput, "append", remove_once)
+    with pytest.raises(SystemExit, match="2"):
+        run(output, "--limit", 6)
+    assert "was removed while the run wrote to it; 3 answers are back" in capsys.readouterr().err
+    monkeypatch.setattr(common.RunOutput, "append", append)
+    run(output, "--limit", 6)
+    run(tmp_path / "whole.jsonl", "--limit", 6)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_lora_adapter_answers_as_its_merged_model(tmp_path):
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.5)
+    model.peft_config["default"].base_model_name_or_path = MODEL
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "merged")
+    for name in ("adapter", "merged"):
+        run(tmp_path / f"{name}.jsonl", "--limit", 8, "--max-new-tokens", 60, model=str(tmp_path / name))
+    run(tmp_path / "base.jsonl", "--limit", 8, "--max-new-tokens", 60)
+    outputs = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("adapter", "merged", "base")}
+    assert outputs["adapter"] == outputs["merged"] != outputs["base"]
+
+
+@pytest.mark.parametrize("mode", common.MODES)
+def test_real_questions_break_nothing(mode, shared, tmp_path):
+    output = tmp_path / "real.jsonl"
+    assert run(output, "--mode", mode, "--limit", 64, "--max-new-tokens", 48, dataset=str(shared / "gsm8k")) == 0
+    assert len(rows(output)) == 64
+
+
+def test_a_question_of_the_train_split_is_never_its_own_example(tmp_path, capsys):
+    run(tmp_path / "a.jsonl", "--mode", "few_shot", "--split", "train", "--few-shot-k", 2, "--print-prompts", 3)
+    prompts = re.findall(r"--- prompt \d.*?--- token ids", capsys.readouterr().out, re.DOTALL)
+    questions = [item["question"] for item in rows(ROOT / "demo/problems/train.jsonl")[:3]]
+    assert [[text.count(question) for question in questions] for text in prompts] == [[1, 1, 1]] * 3
+
+
+def test_a_limit_is_cut_to_what_the_positions_leave(tmp_path, capsys):
+    run(tmp_path / "a.jsonl", "--mode", "chatml_think_prefill", "--limit", 2)
+    assert "max_new_tokens cut for 2 of 2 answers: the model has 2048 positions" in capsys.readouterr().out

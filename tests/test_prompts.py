@@ -1,0 +1,101 @@
+"""What each mode's prompt is, on the demo's tokenizer and on the real one."""
+
+import pytest
+import transformers
+from conftest import ROOT
+
+import common
+from common import (
+    MODES,
+    build_messages,
+    build_prompt,
+    chatml_think_prefill,
+    load_questions,
+)
+
+EMPTY_THINK = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(ROOT / "demo/model")
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(shared):
+    return transformers.AutoTokenizer.from_pretrained(shared / "qwen3_tokenizer")
+
+
+def test_prompts_without_thinking_end_with_the_empty_think_block(demo_tokenizer):
+    for mode in ("zero_shot", "cot", "few_shot"):
+        assert build_prompt(mode, "1 + 1?", demo_tokenizer, [("2 + 2?", "4\n#### 4")]).endswith(EMPTY_THINK)
+
+
+def test_thinking_leaves_the_thought_to_the_model_and_the_prefill_opens_it(demo_tokenizer):
+    thinking = build_prompt("thinking", "1 + 1?", demo_tokenizer)
+    assert thinking.endswith("<|im_start|>assistant\n") and not common.thinking_is_open(thinking)
+    prefill = build_prompt("chatml_think_prefill", "1 + 1?", demo_tokenizer)
+    assert prefill == thinking + "<think>\n" == chatml_think_prefill("1 + 1?")
+    assert common.thinking_is_open(prefill)
+
+
+def test_worked_examples_stand_in_one_prompt_or_as_turns_without_annotations():
+    examples = [("How many?", "2*3=<<2*3=6>>6\n#### 6"), ("And now?", "#### 7")]
+    prompt = build_messages("few_shot", "Last?", examples)
+    assert [message["role"] for message in prompt] == ["system", "user"]
+    assert prompt[1]["content"] == (
+        "Question: How many?\nAnswer: 2*3=6\n#### 6\n\nQuestion: And now?\nAnswer: #### 7\n\nQuestion: Last?\nAnswer:"
+    )
+    turns = build_messages("few_shot", "Last?", examples, "turns")
+    assert [message["role"] for message in turns] == ["system"] + ["user", "assistant"] * 2 + ["user"]
+    assert turns[2]["content"] == "2*3=6\n#### 6" and turns[-1]["content"] == "Last?"
+
+
+def test_a_system_prompt_replaces_the_instruction_and_an_empty_one_leaves_it_out():
+    assert build_messages("cot", "Q", system_prompt="Be brief.")[0]["content"] == "Be brief."
+    assert [message["role"] for message in build_messages("cot", "Q", system_prompt="")] == ["user"]
+    assert chatml_think_prefill("Q", "").startswith("<|im_start|>user\n")
+
+
+def test_a_template_without_a_thinking_switch_works_and_is_noticed(demo_tokenizer):
+    plain = transformers.AutoTokenizer.from_pretrained(ROOT / "demo/model")
+    plain.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    assert not common.has_thinking_switch(plain) and common.has_thinking_switch(demo_tokenizer)
+    assert build_prompt("cot", "1 + 1?", plain).endswith("[user] 1 + 1?\n[assistant] ")
+
+
+def test_a_missing_or_refusing_chat_template_is_named():
+    bare = transformers.AutoTokenizer.from_pretrained(ROOT / "demo/model")
+    bare.chat_template = None
+    with pytest.raises(common.UserError, match="no chat template"):
+        build_prompt("cot", "Q", bare)
+    assert build_prompt("chatml_think_prefill", "Q", bare)
+    bare.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(common.UserError, match="System role not supported.*--system-prompt ''"):
+        build_prompt("cot", "Q", bare)
+
+
+@pytest.mark.parametrize("style", common.FEW_SHOT_STYLES)
+def test_all_real_questions_in_every_mode_with_the_real_tokenizer(style, shared, real_tokenizer):
+    questions = load_questions(str(shared / "gsm8k"), "test")
+    train = load_questions(str(shared / "gsm8k"), "train")
+    examples = [(item.question, item.answer) for item in train[:3]]
+    assert (len(questions), len(train)) == (1319, 7473)
+    im_start, im_end, think, think_end = 151644, 151645, 151667, 151668
+    for mode in MODES:
+        prompts = [build_prompt(mode, item.question, real_tokenizer, examples, style) for item in questions]
+        ids = real_tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        lengths = sorted(map(len, ids))
+        print(f"{mode} {style}: {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}")
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            turns = 2 + (6 if mode == "few_shot" and style == "turns" else 0)
+            assert tokens.count(im_start) == turns + 1 and tokens.count(im_end) == turns
+            assert real_tokenizer.decode(tokens) == prompt
+            tail = tokens[len(tokens) - tokens[::-1].index(im_start) :]
+            if mode == "thinking":
+                assert think not in tail and think_end not in tail
+            elif mode == "chatml_think_prefill":
+                assert tail.count(think) == 1 and think_end not in tail
+            else:
+                assert tail.count(think) == tail.count(think_end) == 1
+        assert lengths[-1] < 1200
