@@ -630,7 +630,9 @@ class RollingBatch:
             starts = torch.tensor(starts, device=device)[:, None]
             columns = torch.arange(first, self.last, device=device)
             positions = self.prefix + (columns[-width:] - starts).clamp(min=0)
-            visible = (columns >= starts)[:, None] & (columns <= columns[-width:, None])
+            visible = (columns >= starts)[:, None]
+            if width > 1:
+                visible = visible & (columns <= columns[-width:, None])
             # Half of the lowest number: a masked score plus it stays finite, so that a padding
             # row, which sees nothing, never turns into NaN.
             low = torch.finfo(self.model.dtype).min / 2
@@ -680,7 +682,10 @@ class RollingBatch:
         longest = len(self.waiting[-1]) - self.prefix if self.waiting else 0
         distance = min(self.first, self.last - longest)
         if distance < self.last // 4 and self.cache.columns < self.columns:
-            self.cache.grow(min(self.columns, 2 * self.cache.columns), len(self.rows), self.first, self.last)
+            if not self.waiting:
+                self.slots = len(self.rows)
+            columns = min(self.columns, 2 * self.cache.columns)
+            self.cache.grow(self.slots, columns, len(self.rows), self.first, self.last)
             return
         self.cache.move_window(len(self.rows), self.first, self.last, distance)
         self.first, self.last = self.first - distance, self.last - distance
@@ -784,12 +789,12 @@ class RollingCache:
             # Zeros and not uninitialized memory: a weight of 0 times a stray NaN would be NaN.
             self.buffers[layer] = [t.new_zeros(slots, t.shape[0], columns, t.shape[2]) for t in pair]
 
-    def grow(self, columns, rows, first, last):
-        """More columns, a layer at a time, so that little memory is held twice."""
+    def grow(self, slots, columns, rows, first, last):
+        """Other slots and columns, a layer at a time, so that little memory is held twice."""
         self.columns = columns
         for pair in self.buffers.values():
             for i, old in enumerate(pair):
-                pair[i] = old.new_zeros(*old.shape[:2], columns, old.shape[3])
+                pair[i] = old.new_zeros(slots, old.shape[1], columns, old.shape[3])
                 pair[i][:rows, :, first:last] = old[:rows, :, first:last]
 
     def copy_slots(self, sources, targets, first, last):
@@ -841,14 +846,15 @@ def choose_tokens(logits, rows, decoding):
     import torch
 
     with torch.inference_mode():
-        if logits.isnan().any():
-            row = rows[logits.isnan().any(dim=-1).int().argmax()]
+        highest = logits.max(dim=-1)  # NaN where a row holds one
+        if highest.values.isnan().any():
+            row = rows[highest.values.isnan().int().argmax()]
             raise UserError(
                 f"question {row.request.id}: the model's logits are not numbers (NaN) after {len(row.tokens)} tokens; "
                 "its weights are damaged or overflow: try --dtype fp32"
             )
         if not decoding.do_sample:
-            return logits.argmax(dim=-1).tolist()
+            return highest.indices.tolist()
         counters = [(row.request.id, row.request.sample, len(row.tokens)) for row in rows]
         return sample_tokens(logits, torch.tensor(counters, device=logits.device), decoding).tolist()
 

@@ -3,7 +3,7 @@
 Both answer the same questions with the same weights and threads, greedily, in turn and several
 times in one process; the texts are compared. Prints a table, and as its last line one JSON object.
 
-    python tests/bench_generation.py                                   # demo model, 512 problems
+    python tests/bench_generation.py                                   # demo model, all its test problems
     python tests/bench_generation.py --shape qwen3-0.6b --dtype bf16   # random weights, real questions
 
 With --shape the weights are random, the questions and the tokenizer real, and each answer is as
@@ -62,7 +62,7 @@ def parse_args(argv):
     parser = common.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["qwen3-0.6b"], help="random weights of this shape (default: demo/model)")
     parser.add_argument("--modes", nargs="+", choices=common.MODES, help=f"default {' '.join(MODES)}; with --shape cot")
-    parser.add_argument("--limit", type=int, help="questions (default 512; with --shape 16)")
+    parser.add_argument("--limit", type=int, help="questions (default all 800 of the demo; with --shape 16)")
     parser.add_argument("--repeats", type=int, help="rounds (default 3; with --shape 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default %(default)s)")
     parser.add_argument("--dtype", choices=common.DTYPES, default="fp32", help="default %(default)s")
@@ -70,7 +70,7 @@ def parse_args(argv):
                         help="folder with gsm8k/, qwen3_tokenizer/ and published_outputs/, for --shape")  # fmt: skip
     args = parser.parse_args(argv)
     args.modes = args.modes or (["cot"] if args.shape else MODES)
-    args.limit = args.limit or (16 if args.shape else 512)
+    args.limit = args.limit or (16 if args.shape else None)
     args.repeats = args.repeats or (1 if args.shape else 3)
     if args.shape and not Path(args.shared, "gsm8k").is_dir():
         raise common.UserError(f"--shared {args.shared}: no gsm8k/ in it; --shape wants the real questions")
