@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import benchmark
+import common
 import inference
 
 MODEL, PROBLEMS = ROOT / "demo/model", ROOT / "demo/problems"
@@ -297,3 +301,22 @@ def test_bad_input_ends_a_process_in_one_line(case):
     command = [sys.executable, ROOT / f"{main.__module__}.py", *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
     assert_one_line(case, result.returncode, result.stderr)
+
+
+anything = st.none() | st.integers() | st.text() | st.just("\ud800") | st.lists(st.none())
+lines = st.binary() | st.dictionaries(st.sampled_from(["question", "answer", "id"]), anything).map(
+    lambda row: json.dumps(row).encode()
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(lines, max_size=4))
+def test_any_bytes_give_questions_of_text_or_an_error_that_names_file_and_line(tmp_path, lines):
+    path = tmp_path / "any.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        questions = common.load_question_file(path)
+    except common.UserError as error:
+        assert re.match(rf"{re.escape(str(path))}:(\d+: | holds no questions)", str(error))
+    else:
+        assert all((item.question + item.answer).encode() is not None for item in questions)

@@ -100,34 +100,6 @@ def test_runs_that_decide_differently_do_not_mix(tmp_path, capsys):
     assert run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 99, "--overwrite") == 0
 
 
-def test_only_one_process_writes_an_output(tmp_path, capsys):
-    record = {"decides": {}, "segments": []}
-    writer = common.RunOutput(tmp_path / "a.jsonl").opened(record)
-    with writer, pytest.raises(SystemExit, match="2"):
-        run(tmp_path / "a.jsonl", "--limit", 1)
-    assert "another process is writing it" in capsys.readouterr().err
-
-
-def test_an_output_folder_removed_while_running_comes_back_with_its_answers(tmp_path, monkeypatch, capsys):
-    import shutil
-
-    output, append = tmp_path / "gone" / "a.jsonl", common.RunOutput.append
-
-    def remove_once(self, row):
-        if len(self.places) == 3:
-            shutil.rmtree(output.parent)
-        append(self, row)
-
-    monkeypatch.setattr(common.RunOutput, "append", remove_once)
-    with pytest.raises(SystemExit, match="2"):
-        run(output, "--limit", 6)
-    assert "was removed while the run wrote to it; 3 answers are back" in capsys.readouterr().err
-    monkeypatch.setattr(common.RunOutput, "append", append)
-    run(output, "--limit", 6)
-    run(tmp_path / "whole.jsonl", "--limit", 6)
-    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
 def test_a_lora_adapter_answers_as_its_merged_model(tmp_path):
     import peft
     import torch

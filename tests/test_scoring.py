@@ -197,7 +197,10 @@ def test_the_published_files_score_as_published(shared, name):
     assert (published, final.count("right")) == PUBLISHED[name]
 
 
-@given(st.text(alphabet=st.sampled_from("0123456789,.#$\\{}[]()<>/=+-*x^:% \n−½&ab"), max_size=60), st.booleans())
+@given(
+    st.text(alphabet=st.sampled_from("0123456789,.#$\\{}[]()<>/=+-*x^:% \n−½&ab"), max_size=60) | st.text(),
+    st.booleans(),
+)
 @example("####" + "(" * 50, False)
 @example("#### \ud800", False)
 def test_any_text_gives_a_reading(text, thinking):

@@ -1,0 +1,317 @@
+"""Faults that happen to a run: it says so in one line, loses no finished answer, and goes on afterwards.
+
+`python tests/test_reliability.py > results/reliability.md` runs this file and its neighbours and
+writes their figures.
+"""
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import common
+import inference
+
+MODEL, PROBLEMS = ROOT / "demo/model", ROOT / "demo/problems"
+KILLS = 20
+
+
+def arguments(output, *flags, model=MODEL, dataset=PROBLEMS):
+    return list(map(str, ["--model-id", model, "--dataset", dataset, "--output", output, *flags]))
+
+
+def start(output, *flags, **options):
+    """The command as a person would start it."""
+    command = [sys.executable, ROOT / "inference.py", *arguments(output, *flags)]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
+    return subprocess.Popen(command, **options)
+
+
+def fork(output, *flags):
+    """The same main in a process that has its imports already, to be killed where it works."""
+
+    def main():
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        inference.main(arguments(output, *flags))
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return process
+
+
+def part(output):
+    """The bytes of the answers of an unfinished run."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"{output}.part").read_bytes()
+    return b""
+
+
+def wait_for_answers(output, count):
+    deadline = time.monotonic() + 120
+    while part(output).count(b"\n") < count:
+        assert time.monotonic() < deadline, "the process writes no answers"
+        time.sleep(0.005)
+
+
+def whole_run(output, *flags, **places):
+    assert inference.main(arguments(output, *flags, **places)) == 0
+    return output.read_bytes()
+
+
+def refused(capsys, *command, **places):
+    """The one line in which a run ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        inference.main(arguments(*command, **places))
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("starter", "flags"),
+    [
+        (start, ("--mode", "few_shot", "--limit", 240)),
+        (fork, ("--mode", "thinking", "--num-samples", 2, "--limit", 90)),
+    ],
+    ids=["greedy, whole processes", "sampled, processes forked after their imports"],
+)
+def test_a_run_killed_twenty_times_ends_as_one_that_was_not(starter, flags, tmp_path, record_property):
+    expected = whole_run(tmp_path / "whole.jsonl", *flags)
+    output, draw = tmp_path / "killed.jsonl", random.Random(20)
+    survivors, torn, while_starting = set(), 0, 0
+    for kill in range(KILLS):
+        before = part(output).count(b"\n")
+        process = starter(output, *flags, "--batch-size", 4)
+        if starter is start and kill % 3 == 0:
+            time.sleep(draw.uniform(0, 4))
+        else:
+            wait_for_answers(output, before + draw.randint(1, 7))
+            time.sleep(draw.uniform(0, 0.1))
+        process.kill()
+        assert (process.wait() if starter is start else process.join() or process.exitcode) == -signal.SIGKILL
+        *lines, last = part(output).split(b"\n")
+        while_starting += len(lines) == before
+        torn += len(last)
+        survivors.update(lines)
+    process = starter(output, *flags)
+    assert (process.wait() if starter is start else process.join() or process.exitcode) == 0
+    assert output.read_bytes() == expected
+    assert sorted(path.name for path in tmp_path.iterdir() if "killed" in path.name) == ["killed.jsonl", "killed.run.json"]
+    segments = common.read_json(tmp_path / "killed.run.json")["segments"]
+    assert sum(segment["answers"] for segment in segments) == expected.count(b"\n")
+    assert all(segment["seconds"] >= 0 for segment in segments)
+    lost = sum(len(line) for line in survivors - set(expected.split(b"\n")))
+    record_property("survived", f"{KILLS} SIGKILLs, {while_starting} of them before the first new answer")
+    record_property("answers", f"{len(lines)} on disk at the last kill, {len(expected.splitlines())} at the end")
+    record_property("bytes of finished answers lost", lost)
+    record_property("bytes of torn lines dropped", torn)
+    assert lost == 0
+
+
+def test_a_process_killed_between_its_last_answer_and_the_end_is_finished_by_the_next(tmp_path, monkeypatch):
+    expected = whole_run(tmp_path / "whole.jsonl", "--limit", 6)
+    output = tmp_path / "a.jsonl"
+    replace = os.replace
+
+    def die(source, target):
+        if Path(target) == output:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    process = fork(output, "--limit", 6)
+    process.join()
+    monkeypatch.undo()
+    assert process.exitcode == -signal.SIGKILL and not output.exists() and len(part(output)) == len(expected)
+    assert whole_run(output, "--limit", 6) == expected
+    assert sorted(path.name for path in tmp_path.iterdir() if "whole" not in path.name) == ["a.jsonl", "a.run.json"]
+
+
+def test_a_stop_says_how_many_are_done_and_how_to_go_on(tmp_path, capsys, record_property):
+    flags = ("--mode", "thinking", "--limit", 60)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it off, and its children too
+    output = tmp_path / "a.jsonl"
+    for number, code, word in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")):
+        before = part(output).count(b"\n")
+        process = start(output, *flags, "--batch-size", 4, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for_answers(output, before + 3)
+        assert "another process is writing it" in refused(capsys, output, *flags)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code and err.splitlines()[-1] == word and "Traceback" not in err
+        done = part(output).count(b"\n")
+        assert out.splitlines()[-1] == f"{output}: stopped, {done} answers are on disk; the same command goes on from there"
+    assert whole_run(output, *flags) == whole_run(tmp_path / "whole.jsonl", *flags)
+    record_property("survived", "SIGINT, SIGTERM and two second writers")
+
+
+@contextlib.contextmanager
+def full_disk(monkeypatch, folder):
+    """No file may grow beyond 8,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+    yield "make room there, then start the same command again"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def exchanged(path, content):
+    before = path.read_bytes()
+    path.write_bytes(content)
+    yield
+    path.write_bytes(before)
+
+
+@contextlib.contextmanager
+def model_cut(monkeypatch, folder):
+    path = folder / "model/model.safetensors"
+    with exchanged(path, path.read_bytes()[:-1000]):
+        yield "was made with sha256 of model.safetensors = "
+
+
+@contextlib.contextmanager
+def dataset_changed(monkeypatch, folder):
+    path = folder / "data/test.jsonl"
+    with exchanged(path, path.read_bytes().replace(b"how", b"How", 1)):
+        yield "was made with dataset_sha256 = "
+
+
+@contextlib.contextmanager
+def not_numbers_injected(monkeypatch, folder):
+    with forward_from_the_fortieth(monkeypatch, lambda output: output.logits.fill_(float("nan"))):
+        yield "the model's logits are not numbers (NaN)"
+
+
+@contextlib.contextmanager
+def out_of_memory_injected(monkeypatch, folder):
+    import torch
+
+    def fail(output):
+        raise torch.OutOfMemoryError("injected by the test")
+
+    with forward_from_the_fortieth(monkeypatch, fail):
+        yield "out of memory, and one row at a time is the least: injected by the test"
+
+
+@contextlib.contextmanager
+def forward_from_the_fortieth(monkeypatch, act):
+    """Something happens to the model's output from its fortieth pass on."""
+    import transformers
+
+    forward, passes = transformers.Qwen3ForCausalLM.forward, []
+
+    def injected(self, *args, **inputs):
+        output = forward(self, *args, **inputs)
+        passes.append(1)
+        if len(passes) >= 40:
+            act(output)
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Qwen3ForCausalLM, "forward", injected)
+        yield
+
+
+@pytest.mark.parametrize(
+    "fault", [full_disk, model_cut, dataset_changed, not_numbers_injected, out_of_memory_injected], ids=lambda f: f.__name__
+)
+def test_a_fault_is_named_and_the_run_goes_on_after_it(fault, tmp_path, monkeypatch, capsys, record_property):
+    places = {"model": tmp_path / "model", "dataset": tmp_path / "data"}
+    shutil.copytree(MODEL, places["model"])
+    shutil.copytree(PROBLEMS, places["dataset"])
+    output = tmp_path / "a.jsonl"
+    finished = whole_run(output, "--limit", 4, **places)
+    with fault(monkeypatch, tmp_path) as expected:
+        assert expected in refused(capsys, output, "--limit", 30, "--batch-size", 3, **places)
+    assert output.read_bytes() == finished
+    *lines, torn = part(output).split(b"\n")
+    ended = whole_run(output, "--limit", 30, **places)
+    assert ended == whole_run(tmp_path / "whole.jsonl", "--limit", 30, **places)
+    record_property("answers", f"{4 + len(lines)} kept of 30")
+    record_property("bytes of finished answers lost", sum(len(line) for line in set(lines) - set(ended.split(b"\n"))))
+    record_property("bytes of torn lines dropped", len(torn))
+
+
+def test_an_output_folder_removed_while_running_comes_back_with_its_answers(tmp_path, monkeypatch, capsys):
+    output, append = tmp_path / "gone" / "a.jsonl", common.RunOutput.append
+
+    def remove_once(self, row):
+        if len(self.places) == 3:
+            shutil.rmtree(output.parent)
+        append(self, row)
+
+    monkeypatch.setattr(common.RunOutput, "append", remove_once)
+    err = refused(capsys, output, "--limit", 6)
+    assert "was removed while the run wrote to it; 3 answers are back" in err
+    monkeypatch.undo()
+    assert whole_run(output, "--limit", 6) == whole_run(tmp_path / "whole.jsonl", "--limit", 6)
+
+
+def test_a_full_disk_under_the_notes_ends_a_process_in_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start(tmp_path / "a.jsonl", "--limit", 2, stdout=full, stderr=subprocess.PIPE, text=True)
+        _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (2, "inference.py: error: [Errno 28] No space left on device\n")
+
+
+def test_what_describes_a_run_may_change_and_is_noted(tmp_path, capsys):
+    output = tmp_path / "a.jsonl"
+    whole_run(output, "--limit", 2, "--batch-size", 2)
+    whole_run(output, "--limit", 4, "--batch-size", 3)
+    assert "note: other than before: limit 4, was 2; batch_size 3, was 2" in capsys.readouterr().out
+    segments = common.read_json(tmp_path / "a.run.json")["segments"]
+    assert [segment["batch_size"] for segment in segments] == [2, 3]
+
+
+# ------------------------------------------------------------------------------------------
+# results/reliability.md
+# ------------------------------------------------------------------------------------------
+
+
+def write_report():
+    reports, here = [], Path(__file__).parent
+
+    def keep(report):
+        if report.when == "call":
+            reports.append(report)
+
+    files = [here / f"test_{name}.py" for name in ("reliability", "bad_input", "hostile")]
+    plugin = types.SimpleNamespace(pytest_runtest_logreport=keep)
+    begun = time.monotonic()
+    with contextlib.redirect_stdout(sys.stderr):
+        code = pytest.main(["-q", "-p", "no:cacheprovider", *map(str, files)], plugins=[plugin])
+    today = datetime.datetime.now(datetime.UTC).date()
+    print("# What a run survives\n")
+    print("Made by `python tests/test_reliability.py > results/reliability.md`, which runs the tests named below,")
+    print(f"on {today}, {os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}, without a GPU,")
+    print(f"in {time.monotonic() - begun:.0f} s.\n")
+    print("| inputs tried | ended as they must |\n| --- | ---: |")
+    for name, words in (("bad_input", "bad inputs: exit code 2, one line that names the thing"),
+                        ("hostile", "hostile inputs: no code run, no file written elsewhere, no terminal steered")):  # fmt: skip
+        outcomes = [r.outcome for r in reports if f"test_{name}.py" in r.nodeid]
+        print(f"| {words} | {outcomes.count('passed')} of {len(outcomes)} |")
+    print("\n| fault | outcome | figures |\n| --- | --- | --- |")
+    for r in reports:
+        path, _, test = r.nodeid.partition("::test_")
+        if path.endswith("test_reliability.py"):
+            figures = "; ".join(f"{name}: {value}" for name, value in r.user_properties)
+            print(f"| {test.replace('_', ' ')} | {r.outcome} | {figures} |")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(write_report())
