@@ -38,6 +38,7 @@ from common import (
     command_line,
     grade,
     last_number,
+    printable,
     read_final,
     read_gold,
     read_jsonl,
@@ -710,15 +711,6 @@ def read_again(run, options, share=1.0):
             continue
         reading = read_final(row.text, thought(row, run.prefilled, options.thinking))
         yield row, reading, grade(reading, row.gold)
-
-
-def printable(text):
-    """Text for the terminal: whatever could steer it, or cannot be encoded, is escaped."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 # ------------------------------------------------------------------------------------------

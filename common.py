@@ -45,6 +45,21 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def at_least(least):
+    """An argparse type: a whole number, `least` or more."""
+
+    def integer(text):
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return number
+
+    return integer
+
+
 class Terminated(BaseException):
     """SIGTERM, raised where it arrives, so that it cleans up as Ctrl-C does."""
 
@@ -80,6 +95,15 @@ def command_line(main):
 def log(line):
     """Print a note at once; stderr is for errors and progress bars."""
     print(line, flush=True)
+
+
+def printable(text):
+    """Text for the terminal: whatever could steer it, or cannot be encoded, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 # ------------------------------------------------------------------------------------------
@@ -1396,14 +1420,14 @@ class RunOutput:
             self.part.truncate(0)
 
 
-def compare_records(path, old, new):
-    """UserError where two runs of one output would mix: it names the field and both values."""
+def compare_records(path, old, new, way_out="pass --overwrite to drop it, or another --output"):
+    """UserError where two runs of one output would mix: it names the field, both values and the way out."""
     before, now = old.get("decides", {}), new["decides"]
     for key in [*now, *(before.keys() - now.keys())]:
         if before.get(key) != now.get(key):
             raise UserError(
                 f"{path}: was made with {key} = {shorten(before.get(key))}, this run has "
-                f"{shorten(now.get(key))}; pass --overwrite to drop it, or another --output"
+                f"{shorten(now.get(key))}; {way_out}"
             )
 
 
