@@ -721,7 +721,7 @@ def model_card(args, trainer):
     for step, row in evaluations(trainer).items():
         score = f"{row['eval_score']:.1f} ± {row['eval_score_stderr']:.1f}" if "eval_score" in row else "-"
         rows.append(f"| {step} | {row['epoch']:.2f} | {row['eval_loss']:.4f} | {score} |{' kept' if step == best else ''}")
-    method = f"LoRA of rank {args.rank}" if hasattr(args, "rank") else "full"
+    method = f"LoRA of rank {args.rank}" if hasattr(args, "rank") else "all weights"
     on_hub = not Path(args.model_id).exists()
     return "\n".join(
         [
@@ -733,10 +733,9 @@ def model_card(args, trainer):
             "",
             f"# {args.model_id} fine-tuned on {args.dataset}",
             "",
-            f"{method} fine-tuning: {args.epochs} epochs at most, learning rate {args.learning_rate:g}, "
-            f"{args.lr_scheduler}, batch {args.batch_size}, {args.dtype}, seed {args.seed}.",
-            f"Scores are of {len(trainer.questions)} questions held out of the train split, in percent with their "
-            "standard error; the test split was not read.",
+            f"Fine-tuned ({method}) for at most {args.epochs} epochs: learning rate {args.learning_rate:g}, {args.lr_scheduler},",
+            f"batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.questions)} questions held out",
+            "of the train split, in percent with their standard error; the test split was not read.",
             "",
             "| step | epoch | eval_loss | eval_score | |",
             "| ---: | ---: | ---: | ---: | --- |",
