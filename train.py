@@ -6,10 +6,11 @@ the most right answers is the one that is kept. The test split is never read:
 
     python train.py --output-dir outputs/sft
     python train.py --model-id demo/model --dataset demo/problems --learning-rate 1e-3 --output-dir outputs/demo-sft
-    accelerate launch --num_processes 2 train.py --output-dir outputs/sft
+    accelerate launch --multi_gpu --num_processes 2 train.py --output-dir outputs/sft
     python inference.py --model-id outputs/sft --mode chatml_think_prefill
 
-A run that was stopped or killed goes on with the same command and --resume.
+A run that was stopped or killed goes on with the same command and --resume. Two processes on a CPU
+need --multi_gpu as well: without it accelerate starts one.
 """
 
 import argparse
@@ -70,18 +71,15 @@ def fine_tune(args, build_model):
     files = find_model(args.model_id)
     tokenizer = load_tokenizer(files)
     training, held_out = split_questions(args, load_questions(args.dataset, "train"))
-    config = build_config(args, len(training))
-    positions = max_positions(files)
-    rows = encode_rows("training", target_pairs(training, args.strip_annotations), tokenizer, positions)
-    held_out_rows = encode_rows("held-out", target_pairs(held_out, args.strip_annotations), tokenizer, positions)
-    if len(rows) < args.batch_size:
-        raise UserError(f"--batch-size {args.batch_size}: more than the {len(rows)} examples there are to train on")
+    rows, held_out_rows = encode_parts(args, files, tokenizer, training, held_out)
     show_examples(rows[:2], tokenizer)
-    record = run_record(args, files, training, held_out, config)
-    if is_main() and not claim_folder(args, record):
+    device = own_device()
+    model = build_model(args, files, device)
+    parts = fit_into_memory(args, model, device, rows)
+    record = run_record(args, files, training, held_out, device, parts)
+    if not claim_folder(args, record):
         return 0
-    model = build_model(args, files, config.device)
-    fit_into_memory(config, model, max(map(len_ids, rows)))
+    config = build_config(args, parts, len(rows))
     trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out)
     begun = time.perf_counter()
     train(trainer, last_checkpoint(args.output_dir) if args.resume else None)
@@ -245,6 +243,19 @@ def encode_rows(name, pairs, tokenizer, positions):
     return rows
 
 
+def encode_parts(args, files, tokenizer, training, held_out):
+    """The rows to train on and the rows to evaluate on, as many as the model's positions can hold."""
+    config = read_json((files.base or files).folder / "config.json")
+    positions = config.get("text_config", config).get("max_position_embeddings") or sys.maxsize
+    rows, held_out_rows = (
+        encode_rows(name, target_pairs(part, args.strip_annotations), tokenizer, positions)
+        for name, part in (("training", training), ("held-out", held_out))
+    )
+    if len(rows) < args.batch_size:
+        raise UserError(f"--batch-size {args.batch_size}: more than the {len(rows)} examples there are to train on")
+    return rows, held_out_rows
+
+
 def len_ids(row):
     return len(row["input_ids"])
 
@@ -284,7 +295,7 @@ def epoch_order(lengths, batch_size, seed, epoch):
 # ------------------------------------------------------------------------------------------
 
 
-def run_record(args, files, training, held_out, config):
+def run_record(args, files, training, held_out, device, parts):
     """What decides the weights and what describes this run, as inference.py records it."""
     described = ("model_id", "dataset", "output_dir", "gradient_accumulation", "resume", "push_to_hub")
     prompt, completion = target_pairs(training[:1], args.strip_annotations)[0]
@@ -299,15 +310,17 @@ def run_record(args, files, training, held_out, config):
         "model": args.model_id,
         "dataset": args.dataset,
         "processes": processes(),
-        "gradient_accumulation": config.gradient_accumulation_steps,
+        "gradient_accumulation": parts,
         "seconds": None,
-    } | describe_run(config.device)
+    } | describe_run(device)
     return {"decides": decides, "segments": [segment], "result": None}
 
 
 def claim_folder(args, record):
     """Make the folder this run's own; False where it is finished. UserError where it holds another run."""
     folder, path = args.output_dir, args.output_dir / RECORD
+    if not is_main():
+        return not (args.resume and path.exists() and read_json(path)["result"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = sorted(entry.name for entry in folder.iterdir())
@@ -358,41 +371,37 @@ def load_full_model(args, files, device):
     return load_model(files, "fp32", device)
 
 
-def max_positions(files):
-    """How many tokens a row may have, by the model's config."""
-    config = read_json((files.base or files).folder / "config.json")
-    return config.get("text_config", config).get("max_position_embeddings") or sys.maxsize
+def own_device():
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def fit_into_memory(config, model, longest):
-    """Cut the batch into more parts until the estimate fits; refuse where one example does not."""
-    free = free_memory(config.device)
-    state = training_state_bytes(model)
-    row = longest * activation_bytes_per_token(model, 2 if config.bf16 else 4, config.device.type == "cuda")
-    while state + config.per_device_train_batch_size * row > free:
-        size = config.per_device_train_batch_size
-        if size == 1:
-            raise UserError(
-                f"training needs about {(state + row) / 2**30:.1f} GiB more, {state / 2**30:.1f} of it for weights and "
-                f"optimizer, and {free / 2**30:.1f} are free; train_lora.py or a smaller model need less"
-            )
-        smaller = max(part for part in range(1, size) if size % part == 0)
-        config.per_device_train_batch_size = config.per_device_eval_batch_size = smaller
-        config.gradient_accumulation_steps *= size // smaller
-        note(f"memory is short: {config.gradient_accumulation_steps} parts a step, which changes nothing but speed")
+def fit_into_memory(args, model, device, rows):
+    """Into how many parts a process must cut its share of a batch, by estimate. UserError where one row is too much."""
+    free = free_memory(device)
+    state = 12 * trainable(model)  # gradient and AdamW's two moments, in fp32; the weight, 4 more, is loaded already
+    element = 2 if args.dtype == "bf16" else 4
+    row = max(map(len_ids, rows)) * activation_bytes_per_token(model, element, fused_head=device.type == "cuda")
+    share = args.batch_size // processes()
+    possible = [parts for parts in range(args.gradient_accumulation, share + 1) if share % parts == 0]
+    parts = next((parts for parts in possible if state + share // parts * row <= free), None)
+    if parts is None:
+        raise UserError(
+            f"training needs about {(state + row) / 2**30:.1f} GiB beside the weights, {state / 2**30:.1f} of it for "
+            f"gradients and optimizer, and {free / 2**30:.1f} are free; train_lora.py or a smaller model need less"
+        )
+    if parts > args.gradient_accumulation:
+        note(f"memory is short: a batch goes in {parts} parts, which costs time and changes nothing else")
     note(
-        f"memory: about {(state + config.per_device_train_batch_size * row) / 2**30:.2f} GiB at most, "
-        f"{free / 2**30:.1f} free; {trainable(model):,} of {sum(p.numel() for p in model.parameters()):,} weights are trained"
+        f"memory: about {(state + share // parts * row) / 2**30:.2f} GiB beside the weights, {free / 2**30:.1f} free; "
+        f"{trainable(model):,} of {sum(weight.numel() for weight in model.parameters()):,} weights are trained"
     )
+    return parts
 
 
 def trainable(model):
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-
-
-def training_state_bytes(model):
-    """16 bytes a trained weight (weight, gradient and AdamW's two moments, all fp32), less what is loaded already."""
-    return 12 * trainable(model)
 
 
 def activation_bytes_per_token(model, element, fused_head):
@@ -416,7 +425,7 @@ def activation_bytes_per_token(model, element, fused_head):
 # ------------------------------------------------------------------------------------------
 
 
-def build_config(args, examples):
+def build_config(args, parts, examples):
     import warnings
 
     import torch
@@ -426,7 +435,7 @@ def build_config(args, examples):
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # TRL 1.16 still says gradient_checkpointing to transformers
     cuda = torch.cuda.is_available()
-    size = args.batch_size // processes() // args.gradient_accumulation
+    size = args.batch_size // processes() // parts
     steps = args.max_steps or args.epochs * (examples // args.batch_size)
     metric = "eval_score" if args.eval_questions else "eval_loss"
     return SFTConfig(
@@ -440,7 +449,7 @@ def build_config(args, examples):
         max_grad_norm=1.0,  # transformers' default, here because the results depend on it
         per_device_train_batch_size=size,
         per_device_eval_batch_size=size,
-        gradient_accumulation_steps=args.gradient_accumulation,
+        gradient_accumulation_steps=parts,
         gradient_checkpointing=False,  # TRL turns it on: less memory, a third more time
         bf16=args.dtype == "bf16",
         use_cpu=not cuda,
