@@ -527,19 +527,19 @@ class Scoring:
     def summed_loss(self, model, inputs):
         """Cross-entropy summed over the completions' tokens.
 
-        TRL's fused head saves memory on a GPU. On a CPU it computes every logit twice, prompts
-        included; there the logits from the first completion on are enough.
+        No attention mask: padding stands right of every real token, where causal attention never
+        looks, and without a mask half of the attention need not be computed. TRL's fused head saves
+        memory on a GPU; on a CPU it computes all logits twice, prompts included, where those from the
+        first completion on are enough.
         """
         from torch.nn.functional import cross_entropy
 
-        labels = inputs["labels"]
+        ids, labels = inputs["input_ids"], inputs["labels"]
         if labels.is_cuda:
-            return -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
+            return -model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum()
         first = int((labels != IGNORED).any(dim=0).nonzero()[0])
         kept = labels.shape[1] - first + 1
-        logits = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=kept
-        ).logits[:, :-1]
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[:, :-1]
         return cross_entropy(logits.flatten(0, 1).float(), labels[:, first:].flatten(), ignore_index=IGNORED, reduction="sum")
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
