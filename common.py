@@ -407,7 +407,7 @@ def choose_dtype(dtype, device, note=log):
 # once and kept apart: every row attends to it, none holds a copy.
 # ------------------------------------------------------------------------------------------
 
-MOST_SLOTS = {"cpu": 512, "cuda": 1024}  # what --batch-size auto takes where memory allows more
+MOST_SLOTS = {"cpu": 1024, "cuda": 1024}  # what --batch-size auto takes where memory allows more
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one pass; on a CPU the activations stay in its caches
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
 SPARE_COLUMNS = 128  # beyond the longest prompt at first, and beyond the longest row at most
