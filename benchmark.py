@@ -4,6 +4,7 @@
     python benchmark.py FILES --compare --published     # runs as pairs; beside the published figures
     python benchmark.py FILES --plot runs.png --html runs.html --wrong 5
     python benchmark.py FILES --json                    # one object a file, for programs
+    python benchmark.py TRAIN_RUNS --keep-correct right.jsonl      # the model's own right answers, to train on
 
 Reads any JSONL whose lines hold `id`, `question`, `model_output` and `ground_truth_answer`; the
 further keys that `inference.py` writes are used where they stand. Nothing is loaded but text:
@@ -38,6 +39,7 @@ from common import (
     command_line,
     grade,
     last_number,
+    load_questions,
     printable,
     read_final,
     read_gold,
@@ -65,6 +67,8 @@ def main(argv=None):
         plot(runs, published, options.plot)
     if options.html:
         write_page(runs, published, comparisons, options)
+    if options.keep_correct:
+        keep_correct(runs, options)
 
 
 def parse(argv):
@@ -81,6 +85,15 @@ def parse(argv):
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracies and what became of the answers")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page for reading the answers")
     parser.add_argument(
+        "--keep-correct",
+        type=Path,
+        metavar="OUT.jsonl",
+        help="write the distinct right completions of runs over a train split, to train on",
+    )
+    parser.add_argument(
+        "--keep-most", type=int, default=4, metavar="M", help="with --keep-correct: the M shortest a question (4)"
+    )
+    parser.add_argument(
         "--thinking",
         choices=("yes", "no"),
         help="whether completions may hold a thought, open from the start; default: as lines and texts say",
@@ -93,7 +106,10 @@ def parse(argv):
         raise UserError("--wrong prints text, --json nothing but JSON: pass one of them")
     if options.compare and len(options.files) < 2:
         raise UserError("--compare: pass two files or more")
-    for flag, path, ending in (("--plot", options.plot, ".png"), ("--html", options.html, ".html")):
+    if options.keep_most < 1:
+        raise UserError(f"--keep-most {options.keep_most}: pass how many completions of a question to keep, 1 or more")
+    outputs = ("--plot", options.plot, ".png"), ("--html", options.html, ".html")
+    for flag, path, ending in (*outputs, ("--keep-correct", options.keep_correct, ".jsonl")):
         if path and (path.suffix.lower() != ending or not path.parent.is_dir() or path.is_dir()):
             raise UserError(f"{flag} {path}: pass a file that ends in {ending}, in a folder that exists")
     return options
@@ -113,12 +129,13 @@ class Row(NamedTuple):
     answer: str
     gold: object  # exact: int or Fraction
     sample: int
+    mode: str | None
     thinking_open: bool | None
     finish_reason: str | None
     output_tokens: int | None
 
 
-OPTIONAL_KEYS = {"sample": int, "thinking_open": bool, "finish_reason": str, "output_tokens": int}
+OPTIONAL_KEYS = {"sample": int, "mode": str, "thinking_open": bool, "finish_reason": str, "output_tokens": int}
 
 
 def read_rows(path, bad=None):
@@ -150,6 +167,7 @@ def check_row(row):
         answer,
         read_gold(answer),
         row.get("sample") or 0,
+        row.get("mode"),
         row.get("thinking_open"),
         row.get("finish_reason"),
         row.get("output_tokens"),
@@ -483,7 +501,7 @@ class Published:
 
     accuracy: float
     source: str  # "readme", or "file" where the figure is recomputed from the published output
-    inside: bool  # the figure lies in the run's interval by the published rule
+    inside: bool | None  # the figure lies in the run's interval by the published rule; None: not comparable
     protocol: str
 
 
@@ -498,7 +516,9 @@ def load_published(runs):
             accuracy = row["file"] if row["published"] is None else row["published"]
             low, high = accuracy_interval(run, "published")
             wanted = row["protocol"] | {"dataset_sha256": known["dataset_sha256"]}
-            found[run.name] = Published(accuracy, source, low <= accuracy <= high, compare_protocol(run, wanted))
+            protocol = compare_protocol(run, wanted)
+            inside = None if protocol.startswith("other") else low <= accuracy <= high
+            found[run.name] = Published(accuracy, source, inside, protocol)
     return found
 
 
@@ -594,7 +614,7 @@ def run_cells(run, published, header):
         "final answer %": with_interval(percent(run.counts["right"], run.n), accuracy_interval(run, "right")),
         "published rule %": with_interval(percent(run.counts["published"], run.n), accuracy_interval(run, "published")),
         "published %": row and f"{row.accuracy:.2f}" + (" (file)" if row.source == "file" else ""),
-        "in interval": row and ("yes" if row.inside else "no"),
+        "in interval": row and {True: "yes", False: "no", None: "-"}[row.inside],
         "protocol": row and row.protocol,
         "unfinished": f"{run.counts['unfinished']:,}",
         "at limit": None if limit is None else f"{limit:,}",
@@ -759,6 +779,7 @@ def draw_accuracies(axis, runs, published):
     for place, run in enumerate(runs):
         accuracy, (low, high) = percent(run.counts["right"], run.n), accuracy_interval(run, "right")
         row = published.get(run.name)
+        row = row if row and row.inside is not None else None
         top = place - height / 2 if row else place
         axis.barh(top, accuracy, height, color=STATUS_COLOURS["right"])
         axis.errorbar(accuracy, top, xerr=[[accuracy - low], [high - accuracy]], color="black", capsize=3, linewidth=1)
@@ -841,6 +862,46 @@ def annotate_runs(axis, spots, near):
             va="center",
             arrowprops={"arrowstyle": "-", "color": "#999999"},
         )
+
+
+# ------------------------------------------------------------------------------------------
+# Completions to train on
+# ------------------------------------------------------------------------------------------
+
+
+def keep_correct(runs, options):
+    """Write the distinct right completions of the runs, of each question the shortest, in the order of ids."""
+    for run in runs:
+        refuse_test_split(run)
+    right = {}
+    for run in runs:
+        for row, _, status in read_again(run, options):
+            if status == "right":
+                right.setdefault((str(type(row.id)), row.id, row.question), {}).setdefault(row.text, row)
+    keys = (*PUBLISHED_KEYS, "mode", "sample", "thinking_open")
+    lines = []
+    for _, completions in sorted(right.items()):
+        for row in sorted(completions.values(), key=lambda row: (len(row.text), row.text))[: options.keep_most]:
+            values = row.id, row.question, row.text, row.answer, row.mode, row.sample, row.thinking_open
+            lines.append(json.dumps(dict(zip(keys, values, strict=True))) + "\n")
+    try:
+        write_atomically(options.keep_correct, "".join(lines))
+    except OSError as error:
+        raise UserError(f"--keep-correct {options.keep_correct}: cannot be written: {error.strerror}") from error
+    print(f"{options.keep_correct}: {len(lines):,} right completions of {len(right):,} questions", file=sys.stderr)
+
+
+def refuse_test_split(run):
+    """Refuse what is not certain to hold no test question: by the run record, and by the questions themselves."""
+    record = read_record(run.path)
+    if record is None or record["decides"].get("split") != "train":
+        raise UserError(
+            f"--keep-correct: {run.path}: no run record beside it says --split train; test answers stay out"
+        )
+    dataset = str(record["segments"][-1].get("dataset"))
+    test = {question.question.strip() for question in load_questions(dataset, "test")}
+    if any(row.question.strip() in test for row in read_rows(run.path, [])):
+        raise UserError(f"--keep-correct: {run.path}: holds questions of the test split of {dataset}")
 
 
 # ------------------------------------------------------------------------------------------

@@ -78,7 +78,12 @@ def command_line(main):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         except UserError as error:
             script = Path(sys.modules[main.__module__].__file__ or "").name
             line, code = f"{script}: error: {' '.join(str(error).split())}", 2
@@ -426,10 +431,10 @@ def choose_dtype(dtype, device, note=log):
 # once and kept apart: every row attends to it, none holds a copy.
 # ------------------------------------------------------------------------------------------
 
-MOST_SLOTS = {"cpu": 256, "cuda": 1024}  # what --batch-size auto takes where memory allows more
+MOST_SLOTS = {"cpu": 1024, "cuda": 1024}  # what --batch-size auto takes where memory allows more
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one pass; on a CPU the activations stay in its caches
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
-SPARE_COLUMNS = 64  # beyond the longest row, so that the window moves back rarely
+SPARE_COLUMNS = 128  # beyond the longest prompt at first, and beyond the longest row at most
 
 
 @dataclass(frozen=True)
@@ -558,8 +563,7 @@ class RollingBatch:
         longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         self.columns = longest - self.prefix + longest // 8 + SPARE_COLUMNS
         self.slots = self.choose_slots(batch_size)
-        self.sort_waiting()
-        cache.allocate(self.slots, self.columns)
+        self.allocate()
 
     def run(self):
         """Yield the rows that end, until none is left."""
@@ -611,9 +615,10 @@ class RollingBatch:
         )
         return slots
 
-    def sort_waiting(self):
-        """Longest first, taken from the list's end: what comes later always fits the window."""
+    def allocate(self):
+        """Sort the waiting rows longest first, taken from the list's end: what comes later fits the window."""
         self.waiting.sort(key=lambda row: (len(row), -row.request.id, -row.request.sample))
+        self.cache.allocate(self.slots, min(self.columns, len(self.waiting[-1]) - self.prefix + SPARE_COLUMNS))
 
     def admit(self, free):
         """Prefill the next waiting rows, of about equal lengths, into free slots."""
@@ -649,7 +654,9 @@ class RollingBatch:
             starts = torch.tensor(starts, device=device)[:, None]
             columns = torch.arange(first, self.last, device=device)
             positions = self.prefix + (columns[-width:] - starts).clamp(min=0)
-            visible = (columns >= starts)[:, None] & (columns <= columns[-width:, None])
+            visible = (columns >= starts)[:, None]
+            if width > 1:
+                visible = visible & (columns <= columns[-width:, None])
             # Half of the lowest number: a masked score plus it stays finite, so that a padding
             # row, which sees nothing, never turns into NaN.
             low = torch.finfo(self.model.dtype).min / 2
@@ -689,26 +696,32 @@ class RollingBatch:
         self.first = min((row.start for row in self.rows), default=self.last)
 
     def make_room(self):
-        """Move the window back when it has come to the buffer's end, or more lies behind than in it.
+        """At the buffer's last column: move the window back over dead columns, or take more columns.
 
-        Staying near the beginning keeps the memory in use small. The longest waiting prompt must
-        still fit before the last column.
+        Few columns are taken at first, since most answers end long before their limit and memory
+        costs when it is first touched. The longest waiting prompt must still fit in front.
         """
+        if self.last < self.cache.columns:
+            return
         longest = len(self.waiting[-1]) - self.prefix if self.waiting else 0
         distance = min(self.first, self.last - longest)
-        if self.last == self.columns or distance > self.last - self.first + SPARE_COLUMNS:
-            self.cache.move_window(len(self.rows), self.first, self.last, distance)
-            self.first, self.last = self.first - distance, self.last - distance
-            for row in self.rows:
-                row.start -= distance
+        if distance < self.last // 4 and self.cache.columns < self.columns:
+            if not self.waiting:
+                self.slots = len(self.rows)
+            columns = min(self.columns, 2 * self.cache.columns)
+            self.cache.grow(self.slots, columns, len(self.rows), self.first, self.last)
+            return
+        self.cache.move_window(len(self.rows), self.first, self.last, distance)
+        self.first, self.last = self.first - distance, self.last - distance
+        for row in self.rows:
+            row.start -= distance
 
     def restart_with_half(self):
         """Out of memory: half the slots. Live rows wait again and keep their tokens."""
         self.waiting += self.rows
         self.rows = []
         self.slots //= 2
-        self.sort_waiting()
-        self.cache.allocate(self.slots, self.columns)
+        self.allocate()
         self.note(f"out of memory: going on with batch size {self.slots}, nothing lost")
 
 
@@ -795,9 +808,18 @@ class RollingCache:
         return sum(t.shape[0] * t.shape[2] * t.element_size() for pair in pairs for t in pair)
 
     def allocate(self, slots, columns):
-        self.buffers = {}  # the old ones are gone before the new ones come
+        self.buffers, self.columns = {}, columns  # the old ones are gone before the new ones come
         for layer, pair in self.prefix.items():
-            self.buffers[layer] = [zeros((slots, t.shape[0], columns, t.shape[2]), t) for t in pair]
+            # Zeros and not uninitialized memory: a weight of 0 times a stray NaN would be NaN.
+            self.buffers[layer] = [t.new_zeros(slots, t.shape[0], columns, t.shape[2]) for t in pair]
+
+    def grow(self, slots, columns, rows, first, last):
+        """Other slots and columns, a layer at a time, so that little memory is held twice."""
+        self.columns = columns
+        for pair in self.buffers.values():
+            for i, old in enumerate(pair):
+                pair[i] = old.new_zeros(slots, old.shape[1], columns, old.shape[3])
+                pair[i][:rows, :, first:last] = old[:rows, :, first:last]
 
     def copy_slots(self, sources, targets, first, last):
         for pair in self.buffers.values() if targets else ():
@@ -829,21 +851,6 @@ def shared_beginning(prompts):
     return beginning[: min(map(len, prompts)) - 1]
 
 
-def zeros(shape, like):
-    """Zeros in `like`'s type. Never uninitialized: a masked NaN still spoils a weighted sum.
-
-    On a CPU the pages are the operating system's, zero until first written: columns that no row
-    reaches cost nothing.
-    """
-    import numpy
-    import torch
-
-    if like.device.type != "cpu":
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    size = math.prod(shape) * like.element_size()
-    return torch.from_numpy(numpy.zeros(size, dtype=numpy.uint8)).view(like.dtype).view(shape)
-
-
 def free_memory(device):
     """Bytes that are free on the device: its own memory on CUDA, the machine's elsewhere."""
     import psutil
@@ -863,14 +870,15 @@ def choose_tokens(logits, rows, decoding):
     import torch
 
     with torch.inference_mode():
-        if logits.isnan().any():
-            row = rows[logits.isnan().any(dim=-1).int().argmax()]
+        highest = logits.max(dim=-1)  # NaN where a row holds one
+        if highest.values.isnan().any():
+            row = rows[highest.values.isnan().int().argmax()]
             raise UserError(
                 f"question {row.request.id}: the model's logits are not numbers (NaN) after {len(row.tokens)} tokens; "
                 "its weights are damaged or overflow: try --dtype fp32"
             )
         if not decoding.do_sample:
-            return logits.argmax(dim=-1).tolist()
+            return highest.indices.tolist()
         counters = [(row.request.id, row.request.sample, len(row.tokens)) for row in rows]
         return sample_tokens(logits, torch.tensor(counters, device=logits.device), decoding).tolist()
 
@@ -1015,7 +1023,9 @@ def answer_lines(text, after, stop):
     word = WORD.search(text, newline, stop)
     if word:
         end = text.find("\n", word.start(), stop)
-        yield text.rfind("\n", 0, word.start()) + 1, stop if end < 0 else end
+        start = text.rfind("\n", 0, word.start()) + 1
+        bullet = BULLET.match(text, start, word.start())
+        yield bullet.end() if bullet else start, stop if end < 0 else end
 
 
 def read_span(text, start, end, before_marker=False):
@@ -1032,7 +1042,8 @@ LONGEST_ANSWER = 1_000  # characters; what is longer is a loop or a listing, not
 MARKER = re.compile(r"#{4,}")
 DIGIT = re.compile("[0-9０-９¼-¾⅐-⅞]")
 WORD = re.compile(r"[^\W_]")
-BOXED = re.compile(r"\\f?boxed\s{0,9}\{([^{}]{0,200}(?:\{[^{}]{0,200}\}[^{}]{0,200}){0,9})\}")
+BULLET = re.compile(r"[ \t]*[-*•][ \t]+")
+BOXED = re.compile(r"\\boxed\s{0,9}\{([^{}]{0,200}(?:\{[^{}]{0,200}\}[^{}]{0,200}){0,9})\}")
 
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
 PLAIN = re.compile(rf"[ \t\r$*]*(-?)({NUMBER})[ \t\r$*.]*")
@@ -1050,7 +1061,7 @@ EXPRESSION = re.compile(
       | \#\)?[ *]*[xyznπ](?![A-Za-z'])         # 4x, 4 x
       | \#(?![mglshdcptwLCFVW])[A-Za-z](?![A-Za-z])  # 4b; 4m and 4h are units, 4k may be 4,000
       | \#\(                                   # 4(3)
-      | \#[.,:]\s?[0-9]                        # 1.2.3, 1,5
+      | \#[.,:_]\s?[0-9]                       # 1.2.3, 1,5, 1_000
       | [<>≤≥≠±√]                              # a range or a root
     """,
     re.VERBOSE,
@@ -1063,8 +1074,8 @@ CLOCK = re.compile(r"(?<![0-9:.,])([0-9]{1,2}):00(?![0-9:])")
 LEADING_MINUS = re.compile(r"(?:^|(?<=[:(]))\s*-\s+(?=[0-9.])")
 UNIT_EXPONENT = re.compile(r"(?<=[A-Za-z])\s*\^\s*[-+]?[0-9]+")
 
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-LATEX_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|\{,\})(?=[0-9]{3}(?![0-9]))")
+LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+LATEX_THOUSANDS = re.compile(r"(?<=[0-9]),?(?:\\[,;:! ]|\{,\})(?=[0-9]{3}(?![0-9]))")
 LATEX_COMMAND = re.compile(r"\\([A-Za-z]+|.?)")
 LATEX_SYMBOLS = {
     **dict.fromkeys(("times", "cdot"), "×"),
@@ -1137,7 +1148,7 @@ def clean_line(line):
     if not line.isascii():
         line = line.translate(TYPOGRAPHY)
     if "\\" in line or "{" in line:
-        line = LATEX_FRACTION.sub(r" \1/\2 ", LATEX_THOUSANDS.sub("", line))
+        line = LATEX_FRACTION.sub(r" \1\2/\3\4 ", LATEX_THOUSANDS.sub("", line))
         line = LATEX_COMMAND.sub(lambda command: LATEX_SYMBOLS.get(command[1], " "), line)
         line = line.replace("^ ", " ")
     for mark, meaning in MARKS:

@@ -13,10 +13,8 @@ LARGEST = 300
 
 HE = {"he": "he", "his": "his", "him": "him", "He": "He", "His": "His"}
 SHE = {"he": "she", "his": "her", "him": "her", "He": "She", "His": "Her"}
-MEN = (
-    "Ben Carlos David Eli Finn George Hugo Ivan Jack Kofi Leo Marco Noah Omar Peter Ravi Sam Tom Victor Yusuf"
-)
-WOMEN = "Amy Bella Clara Dina Emma Fatima Grace Hana Iris Julia Kate Lucy Maria Nina Olga Priya Rosa Sofia Tara Zoe"
+MEN = "Ben David Eli Finn Hugo Jack Leo Marco Omar Peter Sam Tom"
+WOMEN = "Amy Bella Clara Dina Emma Grace Hana Julia Kate Lucy Nina Rosa"
 PRONOUNS = {name: HE for name in MEN.split()} | {name: SHE for name in WOMEN.split()}
 
 SMALL_THINGS = ("marble", "sticker", "button", "shell", "stamp", "coin", "bead", "toy car")
@@ -86,10 +84,13 @@ TEMPLATES = (
         {"had": range(5, 150), "more": range(5, 100)},
         (
             "{A} has {had} {item}s. {B} gives {him} {more} more. How many {item}s does {A} have now?",
-            "{B} gives {A} {more} {item}s. {A} already had {had} {item}s. How many {item}s does {A} have in all?",
             (
-                "There are {had} {item}s in {A}'s collection. If {he} gets {more} more {item}s for {his} birthday, "
-                "how many {item}s will {he} have?"
+                "{B} gives {A} {more} {item}s. {A} already had {had} {item}s. How many {item}s does {A} have "
+                "in all?"
+            ),
+            (
+                "There are {had} {item}s in {A}'s collection. If {he} gets {more} more {item}s for {his} "
+                "birthday, how many {item}s will {he} have?"
             ),
         ),
         ("{A} has [total = had + more] {item}s.",),
@@ -101,8 +102,8 @@ TEMPLATES = (
         (
             "{A} baked {baked} {item}s and sold {sold} of them. How many {item}s does {he} have left?",
             (
-                "A bakery had {baked} {item}s this morning. It has sold {sold} {item}s since then. "
-                "How many {item}s are left?"
+                "A bakery had {baked} {item}s this morning. It has sold {sold} {item}s since then. How many "
+                "{item}s are left?"
             ),
             "{A} sold {sold} of the {baked} {item}s that {he} made. How many {item}s were not sold?",
         ),
@@ -114,7 +115,10 @@ TEMPLATES = (
         {"boxes": range(2, 13), "each": range(3, 26)},
         (
             "There are {boxes} boxes with {each} {item}s in each box. How many {item}s are there?",
-            "{A} packs {each} {item}s into every box. {He} fills {boxes} boxes. How many {item}s does {he} pack?",
+            (
+                "{A} packs {each} {item}s into every box. {He} fills {boxes} boxes. How many {item}s does "
+                "{he} pack?"
+            ),
             "A box holds {each} {item}s. How many {item}s do {boxes} boxes hold?",
         ),
         ("The boxes hold [total = boxes * each] {item}s.",),
@@ -124,11 +128,14 @@ TEMPLATES = (
         "share",
         {"total": range(6, 241), "friends": range(2, 13)},
         (
-            "{A} shares {total} {item}s equally among {friends} friends. How many {item}s does each friend get?",
+            (
+                "{A} shares {total} {item}s equally among {friends} friends. How many {item}s does each "
+                "friend get?"
+            ),
             "{friends} friends split {total} {item}s evenly. How many {item}s does each of them get?",
             (
-                "{A} puts {total} {item}s into {friends} bags so that all the bags hold the same number. "
-                "How many {item}s are in each bag?"
+                "{A} puts {total} {item}s into {friends} bags so that all the bags hold the same number. How "
+                "many {item}s are in each bag?"
             ),
         ),
         ("Each gets [each = total / friends] {item}s.",),
@@ -138,9 +145,18 @@ TEMPLATES = (
         "compare",
         {"more": range(20, 200), "fewer": range(10, 150)},
         (
-            "{A} read {more} pages this week and {B} read {fewer} pages. How many more pages did {A} read than {B}?",
-            "{B} walked {fewer} blocks in a month. {A} walked {more} blocks. How many fewer blocks did {B} walk?",
-            "{A} scored {more} points in a game and {B} scored {fewer} points. By how many points did {A} win?",
+            (
+                "{A} read {more} pages this week and {B} read {fewer} pages. How many more pages did {A} "
+                "read than {B}?"
+            ),
+            (
+                "{B} walked {fewer} blocks in a month. {A} walked {more} blocks. How many fewer blocks did "
+                "{B} walk?"
+            ),
+            (
+                "{A} scored {more} points in a game and {B} scored {fewer} points. By how many points did "
+                "{A} win?"
+            ),
         ),
         ("The difference is [difference = more - fewer].",),
     ),
@@ -149,7 +165,10 @@ TEMPLATES = (
         {"speed": range(6, 66), "hours": range(2, 13)},
         (
             "A {vehicle} travels at {speed} miles per hour for {hours} hours. How many miles does it travel?",
-            "{A} takes a {vehicle} that goes {speed} miles every hour. How far does it go in {hours} hours, in miles?",
+            (
+                "{A} takes a {vehicle} that goes {speed} miles every hour. How far does it go in {hours} "
+                "hours, in miles?"
+            ),
             "How many miles does a {vehicle} cover in {hours} hours at a speed of {speed} miles per hour?",
         ),
         ("The {vehicle} goes [miles = hours * speed] miles.",),
@@ -162,8 +181,8 @@ TEMPLATES = (
             "There are {students} students at a school. Half of them {hobby}. How many students {hobby}?",
             "Half of the {students} students in {A}'s school {hobby}. How many students is that?",
             (
-                "{A} asked {students} students what they do after school. Half of them said that they {hobby}. "
-                "How many students {hobby}?"
+                "{A} asked {students} students what they do after school. Half of them said that they "
+                "{hobby}. How many students {hobby}?"
             ),
         ),
         ("That is [half = students / 2] students.",),
@@ -196,16 +215,16 @@ TEMPLATES = (
         {"packs": range(2, 13), "each": range(3, 26), "given": range(3, 80)},
         (
             (
-                "{A} buys {packs} packs of {item}s with {each} {item}s in each pack. {He} gives {given} {item}s to {B}. "
-                "How many {item}s does {A} have left?"
+                "{A} buys {packs} packs of {item}s with {each} {item}s in each pack. {He} gives {given} "
+                "{item}s to {B}. How many {item}s does {A} have left?"
             ),
             (
-                "Each pack holds {each} {item}s. {A} opens {packs} packs and hands out {given} {item}s at school. "
-                "How many {item}s are left?"
+                "Each pack holds {each} {item}s. {A} opens {packs} packs and hands out {given} {item}s at "
+                "school. How many {item}s are left?"
             ),
             (
-                "{A} gave away {given} {item}s from the {packs} packs that {he} bought. If there were {each} {item}s in "
-                "every pack, how many {item}s does {he} still have?"
+                "{A} gave away {given} {item}s from the {packs} packs that {he} bought. If there were {each} "
+                "{item}s in every pack, how many {item}s does {he} still have?"
             ),
         ),
         ("{A} bought [bought = packs * each] {item}s.", "There are [left = bought - given] {item}s left."),
@@ -216,13 +235,16 @@ TEMPLATES = (
         {"count": range(2, 13), "price": range(2, 20), "paid": (20, 30, 40, 50, 60, 80, 100, 150, 200)},
         (
             (
-                "{A} buys {count} {item}s at ${price} each and pays with ${paid}. How much change does {he} get, "
-                "in dollars?"
+                "{A} buys {count} {item}s at ${price} each and pays with ${paid}. How much change does {he} "
+                "get, in dollars?"
             ),
-            "A {item} costs ${price}. {A} has ${paid} and buys {count} {item}s. How many dollars does {he} have left?",
             (
-                "{A} went to the store with ${paid} and came home with {count} {item}s. If each one cost ${price}, "
-                "how many dollars did {he} bring back?"
+                "A {item} costs ${price}. {A} has ${paid} and buys {count} {item}s. How many dollars does "
+                "{he} have left?"
+            ),
+            (
+                "{A} went to the store with ${paid} and came home with {count} {item}s. If each one cost "
+                "${price}, how many dollars did {he} bring back?"
             ),
         ),
         ("The {item}s cost [$cost = count * price].", "{A} has [$left = paid - cost] left."),
@@ -232,11 +254,17 @@ TEMPLATES = (
         "twice_total",
         {"first": range(5, 99)},
         (
-            "{A} picked {first} {item}s and {B} picked twice as many. How many {item}s did they pick altogether?",
-            "{B} collected twice as many {item}s as {A}, who collected {first}. How many {item}s do they have together?",
             (
-                "On Monday {A} counted {first} {item}s. On Tuesday {he} counted double that number. "
-                "How many {item}s did {he} count on both days?"
+                "{A} picked {first} {item}s and {B} picked twice as many. How many {item}s did they pick "
+                "altogether?"
+            ),
+            (
+                "{B} collected twice as many {item}s as {A}, who collected {first}. How many {item}s do they "
+                "have together?"
+            ),
+            (
+                "On Monday {A} counted {first} {item}s. On Tuesday {he} counted double that number. How many "
+                "{item}s did {he} count on both days?"
             ),
         ),
         ("The double is [second = 2 * first] {item}s.", "Together that is [total = first + second] {item}s."),
@@ -246,12 +274,18 @@ TEMPLATES = (
         "half_total",
         {"first": range(6, 200)},
         (
-            "{A} sold {first} {item}s in April and half as many in May. How many {item}s did {he} sell in both months?",
             (
-                "In the morning {A} sold {first} {item}s. In the afternoon {he} sold half as many. "
-                "How many {item}s did {he} sell that day?"
+                "{A} sold {first} {item}s in April and half as many in May. How many {item}s did {he} sell "
+                "in both months?"
             ),
-            "{B} sold half as many {item}s as {A}. If {A} sold {first}, how many {item}s did the two sell altogether?",
+            (
+                "In the morning {A} sold {first} {item}s. In the afternoon {he} sold half as many. How many "
+                "{item}s did {he} sell that day?"
+            ),
+            (
+                "{B} sold half as many {item}s as {A}. If {A} sold {first}, how many {item}s did the two "
+                "sell altogether?"
+            ),
         ),
         ("The half is [second = first / 2] {item}s.", "Altogether that is [total = first + second] {item}s."),
         {"item": ("ticket", "clip", "card", "poster", "cupcake")},
@@ -261,12 +295,12 @@ TEMPLATES = (
         {"rows": range(3, 13), "seats": range(5, 24), "extra": range(3, 40)},
         (
             (
-                "A {hall} has {rows} rows of {seats} seats and {extra} extra chairs along the wall. "
-                "How many people can sit down?"
+                "A {hall} has {rows} rows of {seats} seats and {extra} extra chairs along the wall. How many "
+                "people can sit down?"
             ),
             (
-                "There are {extra} folding chairs at the back of a {hall}. In front of them are {rows} rows with {seats} "
-                "seats each. How many seats are there in all?"
+                "There are {extra} folding chairs at the back of a {hall}. In front of them are {rows} rows "
+                "with {seats} seats each. How many seats are there in all?"
             ),
             (
                 "{A} sets up {rows} rows of {seats} chairs in a {hall}. Later {he} adds {extra} more chairs. "
@@ -283,14 +317,17 @@ TEMPLATES = (
         "daily_saving",
         {"earned": range(12, 70), "spent": range(4, 50), "days": range(3, 13)},
         (
-            "{A} earns ${earned} a day and spends ${spent} a day. How many dollars does {he} save in {days} days?",
             (
-                "Every day {A} makes ${earned} as a {job} and spends ${spent} on food. How much money will {he} have saved "
-                "after {days} days?"
+                "{A} earns ${earned} a day and spends ${spent} a day. How many dollars does {he} save in "
+                "{days} days?"
             ),
             (
-                "{A} works as a {job} for {days} days. Each day {he} is paid ${earned} and pays ${spent} for the trip. "
-                "How many dollars does {he} keep?"
+                "Every day {A} makes ${earned} as a {job} and spends ${spent} on food. How much money will "
+                "{he} have saved after {days} days?"
+            ),
+            (
+                "{A} works as a {job} for {days} days. Each day {he} is paid ${earned} and pays ${spent} for "
+                "the trip. How many dollars does {he} keep?"
             ),
         ),
         ("Each day {A} keeps [$kept = earned - spent].", "In all {he} keeps [$saved = days * kept]."),
@@ -301,16 +338,16 @@ TEMPLATES = (
         {"start": range(10, 90), "off": range(3, 60), "on": range(3, 60)},
         (
             (
-                "A {vehicle} leaves with {start} people. At the first stop {off} people get off and {on} get on. "
-                "How many people are on the {vehicle} now?"
+                "A {vehicle} leaves with {start} people. At the first stop {off} people get off and {on} get "
+                "on. How many people are on the {vehicle} now?"
             ),
             (
-                "There are {start} passengers on a {vehicle}. {off} of them leave at the next station, where {on} others "
-                "come in. How many passengers are there now?"
+                "There are {start} passengers on a {vehicle}. {off} of them leave at the next station, where "
+                "{on} others come in. How many passengers are there now?"
             ),
             (
-                "{on} people get on a {vehicle} at a stop, right after {off} people got off. "
-                "If {start} people were on it before, how many are on it after the stop?"
+                "{on} people get on a {vehicle} at a stop, right after {off} people got off. If {start} "
+                "people were on it before, how many are on it after the stop?"
             ),
         ),
         (
@@ -324,16 +361,16 @@ TEMPLATES = (
         {"total": range(15, 200), "eaten": range(2, 40), "children": range(2, 11)},
         (
             (
-                "{A} has {total} {item}s. {He} eats {eaten} of them and shares the rest equally among {children} children. "
-                "How many {item}s does each child get?"
+                "{A} has {total} {item}s. {He} eats {eaten} of them and shares the rest equally among "
+                "{children} children. How many {item}s does each child get?"
             ),
             (
-                "Out of {total} {item}s, {eaten} were eaten at lunch. The rest were divided evenly between {children} "
-                "children. How many {item}s did each child get?"
+                "Out of {total} {item}s, {eaten} were eaten at lunch. The rest were divided evenly between "
+                "{children} children. How many {item}s did each child get?"
             ),
             (
-                "{children} children share a plate of {total} {item}s after {A} has taken {eaten} for {his} family. "
-                "If they share equally, how many {item}s does each child get?"
+                "{children} children share a plate of {total} {item}s after {A} has taken {eaten} for {his} "
+                "family. If they share equally, how many {item}s does each child get?"
             ),
         ),
         (
@@ -348,12 +385,12 @@ TEMPLATES = (
         (
             "A {item} costs ${price}. Today it is {percent}% off. How many dollars does it cost today?",
             (
-                "{A} buys a {item} at a discount of {percent}%. Its usual price is ${price}. How much does {he} pay, "
-                "in dollars?"
+                "{A} buys a {item} at a discount of {percent}%. Its usual price is ${price}. How much does "
+                "{he} pay, in dollars?"
             ),
             (
-                "The shop takes {percent}% off the price of every {item}. What is the new price, in dollars, of a {item} "
-                "that used to cost ${price}?"
+                "The shop takes {percent}% off the price of every {item}. What is the new price, in dollars, "
+                "of a {item} that used to cost ${price}?"
             ),
         ),
         ("The discount is [$discount = price * percent / 100].", "The price is [$pays = price - discount]."),
@@ -363,10 +400,13 @@ TEMPLATES = (
         "times_as_old",
         {"age": range(3, 16), "times": range(2, 7), "years": range(2, 30)},
         (
-            "{A} is {age} years old. {B} is {times} times as old as {A}. How old will {B} be in {years} years?",
             (
-                "{B}'s age is {times} times {A}'s age. {A} is {age} years old. What will {B}'s age be {years} years "
-                "from now?"
+                "{A} is {age} years old. {B} is {times} times as old as {A}. How old will {B} be in {years} "
+                "years?"
+            ),
+            (
+                "{B}'s age is {times} times {A}'s age. {A} is {age} years old. What will {B}'s age be "
+                "{years} years from now?"
             ),
             "How old will {B} be in {years} years if {A} is {age} now and {B} is {times} times as old?",
         ),
@@ -381,8 +421,8 @@ TEMPLATES = (
                 "How many inches long was the {item}?"
             ),
             (
-                "After {A} cut a {item} into {pieces} pieces of {length} inches, {left} inches were left over. "
-                "How long was the {item} at first, in inches?"
+                "After {A} cut a {item} into {pieces} pieces of {length} inches, {left} inches were left "
+                "over. How long was the {item} at first, in inches?"
             ),
             (
                 "A {item} has {left} inches left after {pieces} pieces of {length} inches each were cut off. "
@@ -400,12 +440,12 @@ TEMPLATES = (
         {"miles": range(2, 26), "days": range(2, 13)},
         (
             (
-                "{A} lives {miles} miles from {place}. {He} goes there and back every day. How many miles does {he} travel "
-                "in {days} days?"
+                "{A} lives {miles} miles from {place}. {He} goes there and back every day. How many miles "
+                "does {he} travel in {days} days?"
             ),
             (
-                "Every day {A} drives {miles} miles to {place} and the same way home. How many miles does {he} drive in "
-                "{days} days?"
+                "Every day {A} drives {miles} miles to {place} and the same way home. How many miles does "
+                "{he} drive in {days} days?"
             ),
             (
                 "It is {miles} miles from {A}'s house to {place}. {He} made the round trip on {days} days. "
@@ -420,7 +460,10 @@ TEMPLATES = (
         {"hours": range(2, 5), "minutes": range(2, 60)},
         (
             "A {show} lasts {hours} hours and {minutes} minutes. How many minutes is that?",
-            "{A} spent {hours} hours and {minutes} minutes at a {show}. How many minutes did {he} spend there?",
+            (
+                "{A} spent {hours} hours and {minutes} minutes at a {show}. How many minutes did {he} spend "
+                "there?"
+            ),
             "How many minutes long is a {show} that takes {hours} hours and {minutes} minutes?",
         ),
         ("The hours are [full = hours * 60] minutes.", "In all that is [total = full + minutes] minutes."),
@@ -431,16 +474,16 @@ TEMPLATES = (
         {"goal": range(40, 300), "has": range(5, 100), "week": range(3, 26)},
         (
             (
-                "{A} wants a {item} that costs ${goal}. {He} has ${has} and saves ${week} a week. "
-                "How many weeks will it take {him} to get the {item}?"
+                "{A} wants a {item} that costs ${goal}. {He} has ${has} and saves ${week} a week. How many "
+                "weeks will it take {him} to get the {item}?"
             ),
             (
                 "{A} saves ${week} every week for a {item}. It costs ${goal} and {he} already has ${has}. "
                 "For how many weeks must {he} save?"
             ),
             (
-                "A {item} costs ${goal}. How many weeks does {A} need to save for it if {he} starts with ${has} and puts "
-                "away ${week} each week?"
+                "A {item} costs ${goal}. How many weeks does {A} need to save for it if {he} starts with "
+                "${has} and puts away ${week} each week?"
             ),
         ),
         ("{A} still needs [$need = goal - has].", "That takes [weeks = need / week] weeks."),
@@ -452,16 +495,16 @@ TEMPLATES = (
         {"many": range(2, 11), "price": range(2, 15), "others": range(2, 11), "other_price": range(2, 15)},
         (
             (
-                "{A} buys {many} {item}s at ${price} each and {others} {other}s at ${other_price} each. "
-                "How many dollars does {he} spend?"
+                "{A} buys {many} {item}s at ${price} each and {others} {other}s at ${other_price} each. How "
+                "many dollars does {he} spend?"
             ),
             (
-                "A {item} costs ${price} and a {other} costs ${other_price}. How much do {many} {item}s and {others} "
-                "{other}s cost together, in dollars?"
+                "A {item} costs ${price} and a {other} costs ${other_price}. How much do {many} {item}s and "
+                "{others} {other}s cost together, in dollars?"
             ),
             (
-                "At the market {A} paid ${price} for each of {many} {item}s. Then {he} got {others} {other}s for "
-                "${other_price} apiece. How many dollars did {he} spend in all?"
+                "At the market {A} paid ${price} for each of {many} {item}s. Then {he} got {others} {other}s "
+                "for ${other_price} apiece. How many dollars did {he} spend in all?"
             ),
         ),
         (
@@ -476,16 +519,16 @@ TEMPLATES = (
         {"first": range(2, 9), "second": range(2, 9), "rate": range(6, 22), "spent": range(5, 80)},
         (
             (
-                "{A} works {first} hours on Saturday and {second} hours on Sunday for ${rate} an hour. "
-                "Then {he} spends ${spent} on {thing}. How many dollars are left?"
+                "{A} works {first} hours on Saturday and {second} hours on Sunday for ${rate} an hour. Then "
+                "{he} spends ${spent} on {thing}. How many dollars are left?"
             ),
             (
-                "{A} gets ${rate} for every hour of work. {He} worked {first} hours on Monday and {second} hours on Tuesday "
-                "and paid ${spent} for {thing}. How many dollars does {he} have left?"
+                "{A} gets ${rate} for every hour of work. {He} worked {first} hours on Monday and {second} "
+                "hours on Tuesday and paid ${spent} for {thing}. How many dollars does {he} have left?"
             ),
             (
-                "After working {first} hours one day and {second} hours the next, {A} bought {thing} for ${spent}. "
-                "{He} earns ${rate} per hour. How much of the money remains, in dollars?"
+                "After working {first} hours one day and {second} hours the next, {A} bought {thing} for "
+                "${spent}. {He} earns ${rate} per hour. How much of the money remains, in dollars?"
             ),
         ),
         (
@@ -500,16 +543,16 @@ TEMPLATES = (
         {"rows": range(3, 13), "plants": range(4, 22), "lost": range(3, 50), "new": range(3, 50)},
         (
             (
-                "{A} plants {rows} rows of {plants} {item}s. Rabbits eat {lost} of them, so {he} plants {new} more. "
-                "How many {item}s are in the garden now?"
+                "{A} plants {rows} rows of {plants} {item}s. Rabbits eat {lost} of them, so {he} plants "
+                "{new} more. How many {item}s are in the garden now?"
             ),
             (
-                "A garden has {rows} rows with {plants} {item}s in each row. {lost} {item}s die in a storm and {A} buys "
-                "{new} new ones. How many {item}s are there in the end?"
+                "A garden has {rows} rows with {plants} {item}s in each row. {lost} {item}s die in a storm "
+                "and {A} buys {new} new ones. How many {item}s are there in the end?"
             ),
             (
-                "There were {plants} {item}s in each of the {rows} rows of a field. {A} pulled out {lost} and later put in "
-                "{new} others. How many {item}s does the field have now?"
+                "There were {plants} {item}s in each of the {rows} rows of a field. {A} pulled out {lost} "
+                "and later put in {new} others. How many {item}s does the field have now?"
             ),
         ),
         (
@@ -524,16 +567,16 @@ TEMPLATES = (
         {"trays": range(2, 13), "each": range(4, 25), "bags": range(2, 11)},
         (
             (
-                "{A} bakes {trays} trays of {each} {item}s. {He} sells half of them and puts the rest into {bags} bags, "
-                "the same number in each. How many {item}s are in each bag?"
+                "{A} bakes {trays} trays of {each} {item}s. {He} sells half of them and puts the rest into "
+                "{bags} bags, the same number in each. How many {item}s are in each bag?"
             ),
             (
-                "There are {each} {item}s on each of {trays} trays. Half of all the {item}s are sold, and the others are "
-                "packed evenly in {bags} bags. How many {item}s does each bag hold?"
+                "There are {each} {item}s on each of {trays} trays. Half of all the {item}s are sold, and "
+                "the others are packed evenly in {bags} bags. How many {item}s does each bag hold?"
             ),
             (
-                "{bags} bags are filled equally with what {A} could not sell. {He} baked {trays} trays with {each} {item}s "
-                "each and sold half of the {item}s. How many {item}s go into each bag?"
+                "{bags} bags are filled equally with what {A} could not sell. {He} baked {trays} trays with "
+                "{each} {item}s each and sold half of the {item}s. How many {item}s go into each bag?"
             ),
         ),
         (
@@ -548,16 +591,16 @@ TEMPLATES = (
         {"slow": range(3, 26), "slow_hours": range(2, 9), "fast": range(5, 40), "fast_hours": range(2, 7)},
         (
             (
-                "{A} rides at {slow} miles per hour for {slow_hours} hours and then at {fast} miles per hour for "
-                "{fast_hours} hours. How many miles does {he} ride?"
+                "{A} rides at {slow} miles per hour for {slow_hours} hours and then at {fast} miles per hour "
+                "for {fast_hours} hours. How many miles does {he} ride?"
             ),
             (
-                "On a trip {A} went {slow} miles an hour for the first {slow_hours} hours and {fast} miles an hour for the "
-                "last {fast_hours} hours. How long was the trip, in miles?"
+                "On a trip {A} went {slow} miles an hour for the first {slow_hours} hours and {fast} miles "
+                "an hour for the last {fast_hours} hours. How long was the trip, in miles?"
             ),
             (
-                "For {slow_hours} hours a {vehicle} moves at {slow} miles per hour. Then it moves at {fast} miles per hour "
-                "for {fast_hours} hours more. How many miles does it go in all?"
+                "For {slow_hours} hours a {vehicle} moves at {slow} miles per hour. Then it moves at {fast} "
+                "miles per hour for {fast_hours} hours more. How many miles does it go in all?"
             ),
         ),
         (
@@ -572,16 +615,16 @@ TEMPLATES = (
         {"serves": range(2, 7), "cups": range(2, 10), "people": range(8, 61), "has": range(2, 30)},
         (
             (
-                "A recipe for {serves} people needs {cups} cups of {food}. {A} cooks for {people} people and already has "
-                "{has} cups of {food}. How many more cups does {he} need?"
+                "A recipe for {serves} people needs {cups} cups of {food}. {A} cooks for {people} people and "
+                "already has {has} cups of {food}. How many more cups does {he} need?"
             ),
             (
-                "{A} needs {cups} cups of {food} to feed {serves} people. {He} has {has} cups at home. How many cups of "
-                "{food} must {he} buy to feed {people} people?"
+                "{A} needs {cups} cups of {food} to feed {serves} people. {He} has {has} cups at home. How "
+                "many cups of {food} must {he} buy to feed {people} people?"
             ),
             (
-                "{people} people are coming to dinner. {A}'s recipe uses {cups} cups of {food} for every {serves} people, "
-                "and {he} has {has} cups of {food}. How many cups are missing?"
+                "{people} people are coming to dinner. {A}'s recipe uses {cups} cups of {food} for every "
+                "{serves} people, and {he} has {has} cups of {food}. How many cups are missing?"
             ),
         ),
         (
@@ -596,16 +639,16 @@ TEMPLATES = (
         {"hens": range(2, 13), "eggs": range(2, 8), "days": range(2, 8), "carton": (4, 6, 8, 10, 12)},
         (
             (
-                "{A} has {hens} hens that each lay {eggs} eggs a day. {He} packs the eggs of {days} days into cartons of "
-                "{carton}. How many cartons does {he} fill?"
+                "{A} has {hens} hens that each lay {eggs} eggs a day. {He} packs the eggs of {days} days "
+                "into cartons of {carton}. How many cartons does {he} fill?"
             ),
             (
-                "Each of {A}'s {hens} {bird} lays {eggs} eggs every day. How many cartons of {carton} eggs can {he} fill "
-                "after {days} days?"
+                "Each of {A}'s {hens} {bird} lays {eggs} eggs every day. How many cartons of {carton} eggs "
+                "can {he} fill after {days} days?"
             ),
             (
-                "A carton holds {carton} eggs. {A} keeps {hens} {bird}, and each of them lays {eggs} eggs per day. "
-                "How many cartons are filled in {days} days?"
+                "A carton holds {carton} eggs. {A} keeps {hens} {bird}, and each of them lays {eggs} eggs "
+                "per day. How many cartons are filled in {days} days?"
             ),
         ),
         (
@@ -620,16 +663,16 @@ TEMPLATES = (
         {"start": range(10, 100), "inflow": range(8, 35), "leak": range(2, 20), "minutes": range(3, 13)},
         (
             (
-                "A {tank} holds {start} liters of water. Every minute {inflow} liters flow in and {leak} liters leak out. "
-                "How many liters are in it after {minutes} minutes?"
+                "A {tank} holds {start} liters of water. Every minute {inflow} liters flow in and {leak} "
+                "liters leak out. How many liters are in it after {minutes} minutes?"
             ),
             (
-                "{A} fills a {tank} at {inflow} liters per minute, but it loses {leak} liters per minute. If it has {start} "
-                "liters at the start, how many liters does it have {minutes} minutes later?"
+                "{A} fills a {tank} at {inflow} liters per minute, but it loses {leak} liters per minute. If "
+                "it has {start} liters at the start, how many liters does it have {minutes} minutes later?"
             ),
             (
-                "There are {start} liters in a {tank}. It gains {inflow} liters and loses {leak} liters each minute. "
-                "How much water is in it after {minutes} minutes, in liters?"
+                "There are {start} liters in a {tank}. It gains {inflow} liters and loses {leak} liters each "
+                "minute. How much water is in it after {minutes} minutes, in liters?"
             ),
         ),
         (
@@ -644,16 +687,16 @@ TEMPLATES = (
         {"total": range(20, 301, 10), "percent": (10, 20, 25, 50, 75), "teams": range(2, 11)},
         (
             (
-                "There are {total} children at a camp. {percent}% of them go {sport}, and the others form {teams} equal "
-                "teams. How many children are in each team?"
+                "There are {total} children at a camp. {percent}% of them go {sport}, and the others form "
+                "{teams} equal teams. How many children are in each team?"
             ),
             (
-                "{percent}% of the {total} children in a club go {sport}. The rest are split evenly into {teams} groups. "
-                "How many children does each group have?"
+                "{percent}% of the {total} children in a club go {sport}. The rest are split evenly into "
+                "{teams} groups. How many children does each group have?"
             ),
             (
-                "A camp splits everyone who does not go {sport} into {teams} teams of the same size. If {percent}% of the "
-                "{total} children go {sport}, how many are in each team?"
+                "A camp splits everyone who does not go {sport} into {teams} teams of the same size. If "
+                "{percent}% of the {total} children go {sport}, how many are in each team?"
             ),
         ),
         (
@@ -668,16 +711,16 @@ TEMPLATES = (
         {"length": range(3, 25), "width": range(2, 16), "price": range(2, 9)},
         (
             (
-                "{A} builds a fence around a {plot} that is {length} feet long and {width} feet wide. One foot of fence "
-                "costs ${price}. How many dollars does the fence cost?"
+                "{A} builds a fence around a {plot} that is {length} feet long and {width} feet wide. One "
+                "foot of fence costs ${price}. How many dollars does the fence cost?"
             ),
             (
-                "A {plot} is {width} feet wide and {length} feet long. At ${price} a foot, how much does it cost to put a "
-                "fence around it, in dollars?"
+                "A {plot} is {width} feet wide and {length} feet long. At ${price} a foot, how much does it "
+                "cost to put a fence around it, in dollars?"
             ),
             (
-                "At ${price} per foot, what does {A} pay, in dollars, to fence a {plot} with a length of {length} feet and "
-                "a width of {width} feet?"
+                "At ${price} per foot, what does {A} pay, in dollars, to fence a {plot} with a length of "
+                "{length} feet and a width of {width} feet?"
             ),
         ),
         (
@@ -692,16 +735,16 @@ TEMPLATES = (
         {"months": range(2, 13), "fee": range(5, 22), "entry": range(5, 60), "coupon": range(3, 40)},
         (
             (
-                "A {club} costs ${fee} a month and ${entry} to join. {A} joins for {months} months with a coupon of "
-                "${coupon}. How many dollars does {he} pay in all?"
+                "A {club} costs ${fee} a month and ${entry} to join. {A} joins for {months} months with a "
+                "coupon of ${coupon}. How many dollars does {he} pay in all?"
             ),
             (
-                "{A} joins a {club} for {months} months. {He} pays ${entry} once and ${fee} each month, less a coupon worth "
-                "${coupon}. How much is that in dollars?"
+                "{A} joins a {club} for {months} months. {He} pays ${entry} once and ${fee} each month, less "
+                "a coupon worth ${coupon}. How much is that in dollars?"
             ),
             (
-                "With a coupon for ${coupon}, how many dollars does {A} pay for {months} months at a {club} that asks ${fee} "
-                "per month and ${entry} at the start?"
+                "With a coupon for ${coupon}, how many dollars does {A} pay for {months} months at a {club} "
+                "that asks ${fee} per month and ${entry} at the start?"
             ),
         ),
         (
@@ -717,16 +760,16 @@ TEMPLATES = (
         {"first": range(3, 26), "second": range(3, 26), "price": range(2, 9), "cost": range(5, 60)},
         (
             (
-                "{A} sells {drink} for ${price} a cup. {He} sells {first} cups on Saturday and {second} cups on Sunday, "
-                "and spends ${cost} on supplies. What is {his} profit in dollars?"
+                "{A} sells {drink} for ${price} a cup. {He} sells {first} cups on Saturday and {second} cups "
+                "on Sunday, and spends ${cost} on supplies. What is {his} profit in dollars?"
             ),
             (
-                "{A} spent ${cost} to make {drink}. {He} sold {first} cups in the morning and {second} cups in the "
-                "afternoon at ${price} per cup. How many dollars of profit did {he} make?"
+                "{A} spent ${cost} to make {drink}. {He} sold {first} cups in the morning and {second} cups "
+                "in the afternoon at ${price} per cup. How many dollars of profit did {he} make?"
             ),
             (
-                "A cup of {drink} costs ${price} at {A}'s stand. One day {he} sold {first} cups, the next day {second}. "
-                "If {his} supplies cost ${cost}, how much did {he} gain, in dollars?"
+                "A cup of {drink} costs ${price} at {A}'s stand. One day {he} sold {first} cups, the next "
+                "day {second}. If {his} supplies cost ${cost}, how much did {he} gain, in dollars?"
             ),
         ),
         (
@@ -748,13 +791,14 @@ TEMPLATES = (
         },
         (
             (
-                "A {place} has {shelves} shelves with {books} books each. It gives away {old} old books and buys {new} new "
-                "ones. Then all the books are split evenly between {rooms} rooms. How many books go in each room?"
+                "A {place} has {shelves} shelves with {books} books each. It gives away {old} old books and "
+                "buys {new} new ones. Then all the books are split evenly between {rooms} rooms. How many "
+                "books go in each room?"
             ),
             (
-                "{A} looks after {shelves} shelves of {books} books in a {place}. {He} throws out {old} torn books and gets "
-                "{new} new ones. {He} then moves the books into {rooms} rooms, the same number in each. How many books "
-                "are in each room?"
+                "{A} looks after {shelves} shelves of {books} books in a {place}. {He} throws out {old} torn "
+                "books and gets {new} new ones. {He} then moves the books into {rooms} rooms, the same "
+                "number in each. How many books are in each room?"
             ),
         ),
         (
@@ -776,16 +820,17 @@ TEMPLATES = (
         },
         (
             (
-                "At a party {kids} children eat {kid_slices} slices of {food} each and {adults} adults eat {adult_slices} "
-                "slices each. One {food} has {cut} slices. How many whole {food}s are eaten?"
+                "At a party {kids} children eat {kid_slices} slices of {food} each and {adults} adults eat "
+                "{adult_slices} slices each. One {food} has {cut} slices. How many whole {food}s are eaten?"
             ),
             (
-                "{A} orders {food}s with {cut} slices each. {His} {kids} young guests want {kid_slices} slices each and the "
-                "{adults} adults want {adult_slices} slices each. How many {food}s does {he} need?"
+                "{A} orders {food}s with {cut} slices each. {His} {kids} young guests want {kid_slices} "
+                "slices each and the {adults} adults want {adult_slices} slices each. How many {food}s does "
+                "{he} need?"
             ),
             (
-                "A {food} is cut into {cut} slices. How many {food}s feed {adults} adults who eat {adult_slices} slices each "
-                "and {kids} children who eat {kid_slices} slices each?"
+                "A {food} is cut into {cut} slices. How many {food}s feed {adults} adults who eat "
+                "{adult_slices} slices each and {kids} children who eat {kid_slices} slices each?"
             ),
         ),
         (
@@ -807,16 +852,16 @@ TEMPLATES = (
         },
         (
             (
-                "{A} wants to buy a {item} for ${goal}. {He} mows {lawns} lawns for ${lawn} each and washes {cars} cars for "
-                "${car} each. How many more dollars does {he} need?"
+                "{A} wants to buy a {item} for ${goal}. {He} mows {lawns} lawns for ${lawn} each and washes "
+                "{cars} cars for ${car} each. How many more dollars does {he} need?"
             ),
             (
-                "For mowing a lawn {A} gets ${lawn}, and for washing a car ${car}. {He} mows {lawns} lawns and washes {cars} "
-                "cars. How many dollars is {he} short of the ${goal} for a {item}?"
+                "For mowing a lawn {A} gets ${lawn}, and for washing a car ${car}. {He} mows {lawns} lawns "
+                "and washes {cars} cars. How many dollars is {he} short of the ${goal} for a {item}?"
             ),
             (
-                "A {item} costs ${goal}. {A} has washed {cars} cars at ${car} each and mowed {lawns} lawns at ${lawn} each. "
-                "How much money does {he} still need, in dollars?"
+                "A {item} costs ${goal}. {A} has washed {cars} cars at ${car} each and mowed {lawns} lawns "
+                "at ${lawn} each. How much money does {he} still need, in dollars?"
             ),
         ),
         (
@@ -832,16 +877,16 @@ TEMPLATES = (
         {"first": range(3, 60), "more": range(2, 40), "times": range(2, 5)},
         (
             (
-                "{A} has {first} {item}s. {B} has {more} more than {A}, and {C} has {times} times as many as {B}. "
-                "How many {item}s do the three have altogether?"
+                "{A} has {first} {item}s. {B} has {more} more than {A}, and {C} has {times} times as many as "
+                "{B}. How many {item}s do the three have altogether?"
             ),
             (
-                "{C} has {times} times as many {item}s as {B}. {B} has {more} {item}s more than {A}, who has {first}. "
-                "How many {item}s do they have in all?"
+                "{C} has {times} times as many {item}s as {B}. {B} has {more} {item}s more than {A}, who has "
+                "{first}. How many {item}s do they have in all?"
             ),
             (
-                "{B} found {more} more {item}s than {A}. {C} found {times} times as many {item}s as {B}. "
-                "If {A} found {first} {item}s, how many did all three find?"
+                "{B} found {more} more {item}s than {A}. {C} found {times} times as many {item}s as {B}. If "
+                "{A} found {first} {item}s, how many did all three find?"
             ),
         ),
         (
@@ -857,12 +902,12 @@ TEMPLATES = (
         {"birds": range(3, 40), "beasts": range(3, 30), "gone": range(2, 12)},
         (
             (
-                "A farm has {birds} {bird} with 2 legs each and {beasts} {beast} with 4 legs each. Then {gone} of the "
-                "{beast} are sold. How many legs are left on the farm?"
+                "A farm has {birds} {bird} with 2 legs each and {beasts} {beast} with 4 legs each. Then "
+                "{gone} of the {beast} are sold. How many legs are left on the farm?"
             ),
             (
-                "{A} sells {gone} of {his} {beasts} {beast}. {He} also keeps {birds} {bird}. With 2 legs for each of the "
-                "{bird} and 4 for each of the {beast}, how many legs do the animals have now?"
+                "{A} sells {gone} of {his} {beasts} {beast}. {He} also keeps {birds} {bird}. With 2 legs for "
+                "each of the {bird} and 4 for each of the {beast}, how many legs do the animals have now?"
             ),
         ),
         (
@@ -885,13 +930,14 @@ TEMPLATES = (
         },
         (
             (
-                "{classes} classes of {students} students and {adults} adults go to a {place} in full buses of {seats} "
-                "seats. A bus costs ${price}, and the school pays half of the cost. How many dollars does the school pay?"
+                "{classes} classes of {students} students and {adults} adults go to a {place} in full buses "
+                "of {seats} seats. A bus costs ${price}, and the school pays half of the cost. How many "
+                "dollars does the school pay?"
             ),
             (
-                "A school rents buses with {seats} seats for ${price} each. {adults} adults and {classes} classes with "
-                "{students} students each fill them for a trip to a {place}. The school pays half of the cost. "
-                "How much is that in dollars?"
+                "A school rents buses with {seats} seats for ${price} each. {adults} adults and {classes} "
+                "classes with {students} students each fill them for a trip to a {place}. The school pays "
+                "half of the cost. How much is that in dollars?"
             ),
         ),
         (
@@ -908,12 +954,13 @@ TEMPLATES = (
         {"first": range(4, 40), "fewer": range(2, 30), "pages": range(60, 301)},
         (
             (
-                "{A} has a {item} of {pages} pages. {He} reads {first} pages on Monday, twice as many on Tuesday and {fewer} "
-                "fewer than on Tuesday on Wednesday. How many pages are left?"
+                "{A} has a {item} of {pages} pages. {He} reads {first} pages on Monday, twice as many on "
+                "Tuesday and {fewer} fewer than on Tuesday on Wednesday. How many pages are left?"
             ),
             (
-                "On Monday {A} read {first} pages of a {item}, on Tuesday double that, and on Wednesday {fewer} pages fewer "
-                "than on Tuesday. The {item} has {pages} pages. How many pages does {he} still have to read?"
+                "On Monday {A} read {first} pages of a {item}, on Tuesday double that, and on Wednesday "
+                "{fewer} pages fewer than on Tuesday. The {item} has {pages} pages. How many pages does {he} "
+                "still have to read?"
             ),
         ),
         (
@@ -936,13 +983,14 @@ TEMPLATES = (
         },
         (
             (
-                "{A} picks {each} {item}s from each of {trees} trees. {rotten} {item}s are rotten. {He} packs half of the "
-                "good ones into bags of {bag} and sells each bag for ${price}. How many dollars does {he} get?"
+                "{A} picks {each} {item}s from each of {trees} trees. {rotten} {item}s are rotten. {He} "
+                "packs half of the good ones into bags of {bag} and sells each bag for ${price}. How many "
+                "dollars does {he} get?"
             ),
             (
-                "There are {trees} trees with {each} {item}s each. {A} picks them all, throws away {rotten} bad ones, keeps "
-                "half of the rest and sells the other half in bags of {bag} for ${price} a bag. How much money does {he} "
-                "make, in dollars?"
+                "There are {trees} trees with {each} {item}s each. {A} picks them all, throws away {rotten} "
+                "bad ones, keeps half of the rest and sells the other half in bags of {bag} for ${price} a "
+                "bag. How much money does {he} make, in dollars?"
             ),
         ),
         (
@@ -966,13 +1014,14 @@ TEMPLATES = (
         },
         (
             (
-                "{A} buys {many} {item}s for ${price} each and {others} {other}s for ${other_price} each. {He} uses a "
-                "coupon for ${coupon} and pays with ${paid}. How many dollars of change does {he} get?"
+                "{A} buys {many} {item}s for ${price} each and {others} {other}s for ${other_price} each. "
+                "{He} uses a coupon for ${coupon} and pays with ${paid}. How many dollars of change does "
+                "{he} get?"
             ),
             (
-                "In a shop a {item} costs ${price} and a {other} costs ${other_price}. {A} takes {many} {item}s and "
-                "{others} {other}s, has ${coupon} taken off by a coupon and hands over ${paid}. How much change is {he} "
-                "given, in dollars?"
+                "In a shop a {item} costs ${price} and a {other} costs ${other_price}. {A} takes {many} "
+                "{item}s and {others} {other}s, has ${coupon} taken off by a coupon and hands over ${paid}. "
+                "How much change is {he} given, in dollars?"
             ),
         ),
         (
@@ -989,14 +1038,14 @@ TEMPLATES = (
         {"first": range(3, 30), "more": range(2, 20), "goal": range(80, 301), "days": range(2, 10)},
         (
             (
-                "{A} wants to {move} {goal} miles. In the first week {he} does {first} miles, in the second {more} miles more, "
-                "and in the third twice as many as in the second. {He} splits the rest evenly over {days} days. "
-                "How many miles a day is that?"
+                "{A} wants to {move} {goal} miles. In the first week {he} does {first} miles, in the second "
+                "{more} miles more, and in the third twice as many as in the second. {He} splits the rest "
+                "evenly over {days} days. How many miles a day is that?"
             ),
             (
-                "{A}'s goal is to {move} {goal} miles. {He} did {first} miles in week one, {more} more than that in week two "
-                "and double the miles of week two in week three. If {he} does the rest in {days} equal days, how many "
-                "miles does {he} do each day?"
+                "{A}'s goal is to {move} {goal} miles. {He} did {first} miles in week one, {more} more than "
+                "that in week two and double the miles of week two in week three. If {he} does the rest in "
+                "{days} equal days, how many miles does {he} do each day?"
             ),
         ),
         (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -225,6 +226,12 @@ def test_the_table_names_files_counts_and_intervals(write, capsys):
     assert note.startswith("cot: 1 of the 1 without an answer")
 
 
+def test_a_reader_that_stops_early_sees_no_traceback(write):
+    command = f"{shlex.quote(sys.executable)} benchmark.py {shlex.quote(write(right_where(1, 3)))} --wrong 2 | true"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+
+
 def test_what_could_steer_a_terminal_is_printed_escaped():
     assert benchmark.printable("a\x1b[31m\x07\x9b\ud800\u202eé\n−") == "a\\x1b[31m\\x07\\x9b\\ud800\\u202eé\n−"
 
@@ -337,7 +344,8 @@ def test_a_published_figure_is_set_beside_the_interval(published_row):
     assert not published_row(80)["inside"]
 
 
-def test_another_protocol_is_named_beside_the_published_figure(published_row):
+def test_another_protocol_is_named_and_gets_no_verdict(published_row):
+    assert published_row(54, max_new_tokens=64)["inside"] is None
     assert published_row(54, max_new_tokens=64)["protocol"] == "other protocol: max_new_tokens 64, not 512"
     assert published_row(54, {"model": "demo/model"})["protocol"] == "other protocol: model model, not Qwen3-0.6B"
     assert published_row(54, dataset_sha256="")["protocol"] == "other questions"
@@ -374,6 +382,47 @@ def test_wrong_answers_are_shown_without_their_control_characters(write, capsys)
     benchmark.main([write([line(0), line(1, "\x1b[2Jso\n#### 7"), line(2, "")]), "--wrong", "1"])
     shown = capsys.readouterr().out.split("--- ")
     assert shown[1:] == ["run, id 1, sample 0: read 7, gold 18\nquestion 1\n\\x1b[2Jso\n#### 7\n"]
+
+
+@pytest.fixture
+def train_run(write, tmp_path):
+    """A run with a record and a data set; question 3 is a test question."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "test.jsonl").write_text(json.dumps({"question": "question 3", "answer": "#### 18"}))
+
+    def train_run(rows, split="train"):
+        record = {"decides": {"split": split}, "segments": [{"dataset": str(data)}]}
+        (tmp_path / "train.run.json").write_text(json.dumps(record))
+        return write(rows, "train.jsonl")
+
+    return train_run
+
+
+def test_the_shortest_distinct_right_completions_are_kept(train_run, tmp_path, capsys):
+    texts = ["so, 9+9=18\n#### 18", "18\n#### 18", "18\n#### 18", "#### 18 eggs", "#### 7"]
+    rows = [line(1, text, sample=sample, mode="cot") for sample, text in enumerate(texts)]
+    out = tmp_path / "right.jsonl"
+    benchmark.main([train_run([*rows, line(0, "#### 1")]), "--keep-correct", str(out), "--keep-most", "2"])
+    kept = [json.loads(text) for text in out.read_text().splitlines()]
+    assert [row["model_output"] for row in kept] == ["18\n#### 18", "#### 18 eggs"]
+    assert kept[0] == line(1, "18\n#### 18", mode="cot", sample=1, thinking_open=None)
+    assert "2 right completions of 1 questions" in capsys.readouterr().err
+
+
+def test_test_answers_are_never_kept_to_train_on(train_run, write, tmp_path):
+    keep = ["--keep-correct", str(tmp_path / "right.jsonl"), "--json"]
+
+    def refused(path):
+        with pytest.raises(benchmark.UserError) as error:
+            options = benchmark.parse([path, *keep])
+            benchmark.keep_correct([benchmark.score_run(options.files[0], options)], options)
+        return str(error.value)
+
+    assert "holds questions of the test split" in refused(train_run([line(1), line(3)]))
+    assert "no run record beside it says --split train" in refused(train_run([line(1)], "test"))
+    assert "no run record beside it says --split train" in refused(write([line(1)], "no-record.jsonl"))
+    assert not (tmp_path / "right.jsonl").exists()
 
 
 @pytest.mark.parametrize("samples", [1, 2])

@@ -1,6 +1,7 @@
 """The demo's problems, tokenizer and checkpoint hold what demo/README.md says of them."""
 
 import json
+import random
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from common import MODES, build_messages, build_prompt, chatml_think_prefill
-from demo.make import SPLIT_SIZES, completion, make_split, problem_lines
+from common import build_messages, build_prompt, chatml_think_prefill
+from demo.make import SPLIT_SIZES, completion, draw_row, make_split, problem_lines
 from demo.templates import PRONOUNS, TEMPLATES, Problem
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -43,7 +44,12 @@ def compute(expression):
 
 
 def mask_names(text):
-    return re.sub(r"\b(she|he|her|his|him)\b", "_", re.sub(rf"\b({'|'.join(PRONOUNS)})\b", "_", text), flags=re.IGNORECASE)
+    return re.sub(
+        r"\b(she|he|her|his|him)\b",
+        "_",
+        re.sub(rf"\b({'|'.join(PRONOUNS)})\b", "_", text),
+        flags=re.IGNORECASE,
+    )
 
 
 def test_there_are_many_templates_of_one_to_five_steps(splits):
@@ -59,7 +65,9 @@ def test_every_annotation_and_answer_is_right(splits):
         results = []
         for step in steps:
             # GSM8K's form: the sum, then the annotation, then its result
-            written, expression, result, shown = re.search(r"([\d+*/-]+)=\$?<<([^=<>]+)=(\d+)>>(\d+)", step).groups()
+            written, expression, result, shown = re.search(
+                r"([\d+*/-]+)=\$?<<([^=<>]+)=(\d+)>>(\d+)", step
+            ).groups()
             assert written == expression and result == shown and compute(expression) == int(result), step
             # every number of a sum stands in the question, came out before, or is common knowledge
             known = re.findall(r"\d+", problem.question) + results + ["2", "60", "100"]
@@ -72,8 +80,8 @@ def test_thoughts_only_hold_right_sums(splits):
     for problem in splits["test"]:
         text = completion("thinking", problem)
         assert text.startswith("<think>\n") and text.endswith(problem.answer.split("\n")[-1] + "<|im_end|>")
-        for expression, result in re.findall(r"(\d[\d+*/-]*)=\$?(\d+)", text):
-            assert compute(expression) == int(result), text
+        for chain in re.findall(r"\d[\d+*/-]*(?:=\$?\d[\d+*/-]*)+", text):
+            assert len({compute(part.removeprefix("$")) for part in chain.split("=")}) == 1, chain
 
 
 def test_nothing_of_train_stands_in_test(splits):
@@ -93,7 +101,11 @@ def test_the_problem_files_follow_from_the_seed(split):
 
 def test_any_text_survives_the_tokenizer(tokenizer):
     every_code_point = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F000, 0x1FB00)]))
-    texts = [every_code_point, "e\u0301 é 日本語 🎉👩‍👩‍👧 \x00\x07\x1b", "  a \n\n\t b  .  , n't <|im_end|><think>\n</think> 's"]
+    texts = [
+        every_code_point,
+        "e\u0301 é 日本語 🎉👩‍👩‍👧 \x00\x07\x1b",
+        "  a \n\n\t b  .  , n't <|im_end|><think>\n</think> 's",
+    ]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -108,7 +120,9 @@ def test_tokens_are_those_of_qwen3(tokenizer):
 
 
 def test_chat_template_thinks_unless_told_not_to(tokenizer):
-    messages = build_messages("few_shot", "What is 1+1?", [("What is 2+2?", "2+2=<<2+2=4>>4\n#### 4")], "turns")
+    messages = build_messages(
+        "few_shot", "What is 1+1?", [("What is 2+2?", "2+2=<<2+2=4>>4\n#### 4")], "turns"
+    )
     turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
     def render(**options):
@@ -123,12 +137,12 @@ def test_chat_template_thinks_unless_told_not_to(tokenizer):
     assert build_prompt("thinking", "Q", tokenizer) + "<think>\n" == chatml_think_prefill("Q")
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_prompt_and_completion_tokenize_apart(splits, tokenizer, mode):
-    shots = [(problem.question, problem.answer) for problem in splits["train"][:3]]
-    for problem in splits["test"][:50]:
-        prompt, answer = build_prompt(mode, problem.question, tokenizer, shots), completion(mode, problem)
-        assert tokenizer.encode(prompt) + tokenizer.encode(answer) == tokenizer.encode(prompt + answer)
+def test_training_rows_tokenize_as_inference_does(splits, tokenizer):
+    rng, problems = random.Random(0), iter(splits["test"])
+    for _ in range(150):
+        pieces = draw_row(problems, splits["train"], tokenizer, rng)
+        apart = [token for text, _ in pieces for token in tokenizer.encode(text)]
+        assert apart == tokenizer.encode("".join(text for text, _ in pieces))
 
 
 def test_model_is_small_and_fp32(tokenizer):

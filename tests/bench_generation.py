@@ -1,0 +1,224 @@
+"""Measure generation against the plain way: transformers' generate in left-padded batches of 32.
+
+Both answer the same questions with the same weights and threads, greedily, in turn and several
+times in one process; the texts are compared. Prints a table, and as its last line one JSON object.
+
+    python tests/bench_generation.py                                   # demo model, all its test problems
+    python tests/bench_generation.py --shape qwen3-0.6b --dtype bf16   # random weights, real questions
+
+With --shape the weights are random, the questions and the tokenizer real, and each answer is as
+long as the published cot answer of its question, or the thinking answer for the thinking mode.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common
+import inference
+
+PLAIN_BATCH = 32
+MODES = ("cot", "thinking", "few_shot", "zero_shot")
+QWEN3_06B = {
+    "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}  # fmt: skip
+PUBLISHED_LENGTHS = {"cot": "cot_model_outputs", "thinking": "BF16-thinking_model_outputs_reduced_batch"}
+
+
+@common.command_line
+def main(argv=None):
+    args = parse_args(argv)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    device = common.choose_device(None)
+    tokenizer, model = load(args, device)
+    print(f"{args.threads} threads, {args.dtype}, {device}, {model.num_parameters() / 1e6:.2f} M parameters")
+    results = {mode: compare(args, mode, model, tokenizer) for mode in args.modes}
+    if args.shape:
+        rate = matrix_product_rate(model.dtype, device)
+        for mode, result in results.items():
+            share = result["tokens_per_second"] * 2 * model.num_parameters() / rate
+            result |= {"matrix_product_gflops": round(rate / 1e9), "share_of_matrix_products": round(share, 3)}
+            print(f"{mode}: {share:.1%} of the {rate / 1e9:.0f} GFLOP/s that matrix products reach here")
+    else:
+        results["first_answer_seconds"] = time_to_first_answer(args)
+        print(f"from start to the first answer on disk: {results['first_answer_seconds']} s")
+    print(json.dumps(results))
+    return 0
+
+
+def parse_args(argv):
+    parser = common.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["qwen3-0.6b"], help="random weights of this shape (default: demo/model)")
+    parser.add_argument("--modes", nargs="+", choices=common.MODES, help=f"default {' '.join(MODES)}; with --shape cot")
+    parser.add_argument("--limit", type=int, help="questions (default all 800 of the demo; with --shape 16)")
+    parser.add_argument("--repeats", type=int, help="rounds (default 3; with --shape 1)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default %(default)s)")
+    parser.add_argument("--dtype", choices=common.DTYPES, default="fp32", help="default %(default)s")
+    parser.add_argument("--shared", type=Path, default=os.environ.get("GSM8K_SHARED", ROOT.parent / "shared"),
+                        help="folder with gsm8k/, qwen3_tokenizer/ and published_outputs/, for --shape")  # fmt: skip
+    args = parser.parse_args(argv)
+    args.modes = args.modes or (["cot"] if args.shape else MODES)
+    args.limit = args.limit or (16 if args.shape else None)
+    args.repeats = args.repeats or (1 if args.shape else 3)
+    if args.shape and not Path(args.shared, "gsm8k").is_dir():
+        raise common.UserError(f"--shared {args.shared}: no gsm8k/ in it; --shape wants the real questions")
+    return args
+
+
+def load(args, device):
+    """(tokenizer, model): the demo's, or the real tokenizer with random weights of the real shape."""
+    import torch
+    import transformers
+
+    if not args.shape:
+        files = common.find_model(str(ROOT / "demo/model"))
+        return common.load_tokenizer(files), common.load_model(files, args.dtype, device)
+    torch.manual_seed(0)
+    dtype = getattr(torch, common.DTYPES[args.dtype])
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**QWEN3_06B), dtype=dtype)
+    return transformers.AutoTokenizer.from_pretrained(args.shared / "qwen3_tokenizer"), model.eval().to(device)
+
+
+def compare(args, mode, model, tokenizer):
+    """Time both ways in turn; returns medians, their ratio and how many texts differ."""
+    requests = build_requests(args, mode, model, tokenizer)
+    stop_ids = [] if args.shape else sorted(common.stop_token_ids(model, tokenizer))
+    seconds = {"plain": [], "ours": []}
+    for _ in range(args.repeats):
+        tokens = {}
+        for name, way in (("ours", ours), ("plain", plain)):
+            begun = time.perf_counter()
+            tokens[name] = way(model, tokenizer, requests, stop_ids)
+            seconds[name].append(time.perf_counter() - begun)
+    produced = sum(map(len, tokens["ours"].values()))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    differing = [request for request in requests if tokens["ours"][request.id] != tokens["plain"][request.id]]
+    gaps = [gap_where_they_part(model, r, tokens["ours"][r.id], tokens["plain"][r.id]) for r in differing]
+    ratio = medians["plain"] / medians["ours"]
+    print(f"\n{mode}: {len(requests)} questions, {produced} output tokens, {ratio:.2f} times the plain way")
+    for name, times in seconds.items():
+        print(f"  {name:5} median {medians[name]:7.2f} s ({min(times):.2f} to {max(times):.2f}), "
+              f"{produced / medians[name]:7.0f} tokens/s")  # fmt: skip
+    print(f"  rows that differ: {len(differing)}" + (f", widest top-two gap where they part {max(gaps):.2g}" if gaps else ""))
+    return {
+        "ratio": round(ratio, 2),
+        "tokens_per_second": round(produced / medians["ours"]),
+        "plain_tokens_per_second": round(produced / medians["plain"]),
+        "rows": len(requests),
+        "rows_that_differ": len(differing),
+        "widest_gap": max(gaps, default=None),
+    }
+
+
+def build_requests(args, mode, model, tokenizer):
+    folder = str(args.shared / "gsm8k") if args.shape else str(ROOT / "demo/problems")
+    questions = common.load_questions(folder, "test")[: args.limit]
+    examples = [(item.question, item.answer) for item in common.load_questions(folder, "train")[:3]]
+    prompts = [common.build_prompt(mode, item.question, tokenizer, examples) for item in questions]
+    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    if args.shape:
+        path = args.shared / "published_outputs" / f"{PUBLISHED_LENGTHS.get(mode, PUBLISHED_LENGTHS['cot'])}.jsonl"
+        outputs = [row["model_output"] for _, row in common.read_jsonl(path)][: args.limit]
+        limits = [max(1, len(tokens)) for tokens in tokenizer(outputs, add_special_tokens=False)["input_ids"]]
+    else:
+        positions = model.config.max_position_embeddings
+        limits = [min(inference.MAX_NEW_TOKENS[mode], positions - len(prompt)) for prompt in ids]
+    return [common.Request(i, 0, *pair) for i, pair in enumerate(zip(ids, limits, strict=True))]
+
+
+def ours(model, tokenizer, requests, stop_ids):
+    if not stop_ids:  # random weights: only the limits end a row
+        tokenizer, model.generation_config.eos_token_id = without_end(tokenizer), None
+    return {c.id: c.token_ids for c in common.generate(model, tokenizer, requests, note=lambda line: None)}
+
+
+def without_end(tokenizer):
+    import copy
+
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.eos_token = None
+    tokenizer.get_vocab = dict
+    return tokenizer
+
+
+def plain(model, tokenizer, requests, stop_ids):
+    """Batches of 32 in dataset order, padded left, each as long as its longest answer."""
+    import torch
+
+    result = {}
+    for begin in range(0, len(requests), PLAIN_BATCH):
+        batch = requests[begin : begin + PLAIN_BATCH]
+        width = max(len(request.prompt_ids) for request in batch)
+        pad = [width - len(request.prompt_ids) for request in batch]
+        ids = torch.tensor([[0] * p + r.prompt_ids for p, r in zip(pad, batch, strict=True)], device=model.device)
+        mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad], device=model.device)
+        limits = torch.tensor([request.max_new_tokens for request in batch], device=model.device)
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=0,
+                eos_token_id=stop_ids or None, max_new_tokens=int(limits.max()),
+                stopping_criteria=[lambda ids, _, width=width, limits=limits: ids.shape[1] - width >= limits],
+            )  # fmt: skip
+        for request, row in zip(batch, out[:, width:].tolist(), strict=True):
+            row = row[: request.max_new_tokens]
+            end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))
+            result[request.id] = row[:end]
+    return result
+
+
+def gap_where_they_part(model, request, ours, plain):
+    """The gap of the two largest logits after the tokens that both ways agree on."""
+    import torch
+
+    agreed = len(os.path.commonprefix([ours, plain]))
+    ids = torch.tensor([request.prompt_ids + ours[:agreed]], device=model.device)
+    with torch.inference_mode():
+        first, second = model(ids).logits[0, -1].float().topk(2).values.tolist()
+    return first - second
+
+
+def matrix_product_rate(dtype, device):
+    """Floating-point operations a second of a large matrix product, the best of five."""
+    import torch
+
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - begun)
+    return 2 * 2048**3 / min(times)
+
+
+def time_to_first_answer(args):
+    """Seconds from starting inference.py on the demo until its first answer is on disk."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "cot.jsonl.part")
+        command = [sys.executable, "inference.py", "--model-id", "demo/model", "--dataset", "demo/problems",
+                   "--output", str(part.with_suffix(""))]  # fmt: skip
+        begun = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (part.exists() and part.stat().st_size):
+            time.sleep(0.01)
+        seconds = time.perf_counter() - begun
+        process.kill()
+        process.wait()
+    return round(seconds, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
