@@ -79,10 +79,11 @@ def fine_tune(args, build_model):
     record = run_record(args, files, training, held_out, device, parts)
     if not claim_folder(args, record):
         return 0
-    config = build_config(args, parts, len(rows))
+    checkpoint = last_checkpoint(args.output_dir) if args.resume else None
+    config = build_config(args, parts, len(rows), checkpoint)
     trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out)
     begun = time.perf_counter()
-    train(trainer, last_checkpoint(args.output_dir) if args.resume else None)
+    train(trainer, checkpoint)
     record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
     finish(args, trainer, record)
     return 0
@@ -425,7 +426,7 @@ def activation_bytes_per_token(model, element, fused_head):
 # ------------------------------------------------------------------------------------------
 
 
-def build_config(args, parts, examples):
+def build_config(args, parts, examples, checkpoint=None):
     import warnings
 
     import torch
@@ -458,7 +459,7 @@ def build_config(args, parts, examples):
         max_length=None,  # TRL's 1,024 would cut the end of a row, which is the answer
         dataset_kwargs={"skip_prepare_dataset": True},
         eval_strategy="epoch",
-        eval_on_start=not args.resume,
+        eval_on_start=not checkpoint,
         save_strategy="epoch",
         save_total_limit=1,  # the best one stays beside the last
         load_best_model_at_end=True,
