@@ -38,11 +38,13 @@ from common import (
     UserError,
     command_line,
     grade,
+    is_run_record,
     last_number,
     load_questions,
     printable,
     read_final,
     read_gold,
+    read_json,
     read_jsonl,
     score_published,
     write_atomically,
@@ -112,6 +114,8 @@ def parse(argv):
     for flag, path, ending in (*outputs, ("--keep-correct", options.keep_correct, ".jsonl")):
         if path and (path.suffix.lower() != ending or not path.parent.is_dir() or path.is_dir()):
             raise UserError(f"{flag} {path}: pass a file that ends in {ending}, in a folder that exists")
+        if path and path.resolve() in [file.resolve() for file in options.files]:
+            raise UserError(f"{flag} {path}: would overwrite a file to score; pass another name")
     return options
 
 
@@ -538,11 +542,10 @@ def compare_protocol(run, wanted):
 def read_record(path):
     """The run record beside a file, or None where there is none that can be read."""
     try:
-        record = json.loads(path.with_suffix(".run.json").read_text())
-        whole = isinstance(record["decides"], dict) and isinstance(record["segments"][-1], dict)
-    except (OSError, ValueError, RecursionError, KeyError, IndexError, TypeError):
+        record = read_json(path.with_suffix(".run.json"))
+    except UserError:
         return None
-    return record if whole else None
+    return record if is_run_record(record) else None
 
 
 # ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -43,6 +45,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+    def parse_args(self, argv=None):
+        for text in sys.argv[1:] if argv is None else argv:
+            if not is_text(text):
+                raise UserError(f"argument {text!a}: is not UTF-8 text")
+        return super().parse_args(argv)
 
 
 def at_least(least):
@@ -67,7 +75,8 @@ class Terminated(BaseException):
 def command_line(main):
     """Decorate a script's `main(argv=None)`.
 
-    A UserError becomes one line on stderr and exit code 2; Ctrl-C exits with 130, SIGTERM with 143.
+    A UserError, and whatever the operating system refuses, becomes one line on stderr and exit
+    code 2; Ctrl-C exits with 130, SIGTERM with 143.
     """
 
     def terminate(*_):
@@ -82,19 +91,27 @@ def command_line(main):
             sys.stdout.flush()
             return code
         except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence(sys.stdout)
             raise SystemExit(141) from None
-        except UserError as error:
+        except (UserError, OSError) as error:
             script = Path(sys.modules[main.__module__].__file__ or "").name
             line, code = f"{script}: error: {' '.join(str(error).split())}", 2
         except KeyboardInterrupt:
             line, code = "interrupted", 130
         except Terminated:
             line, code = "terminated", 143
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk there: Python would try once more at exit, with a traceback
+            silence(sys.stdout)
         raise SystemExit(code)
 
     return run
+
+
+def silence(stream):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def log(line):
@@ -109,6 +126,15 @@ def printable(text):
     return "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def is_text(text):
+    """Whether a string can be written as UTF-8: half of a surrogate pair, legal in JSON, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------
@@ -242,12 +268,22 @@ def load_question_file(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; --dataset wants a folder with train.jsonl and test.jsonl")
     questions = [
-        Question(position, row["question"], row["answer"])
-        for position, (_, row) in enumerate(read_jsonl(path, ("question", "answer")))
+        as_question(position, row, f"{path}:{number}")
+        for position, (number, row) in enumerate(read_jsonl(path, ("question", "answer")))
     ]
     if not questions:
         raise UserError(f"{path}: holds no questions")
     return questions
+
+
+def as_question(position, row, place):
+    """The Question that a row holds; a UserError names its place where a text is none."""
+    for key in ("question", "answer"):
+        if not isinstance(row[key], str):
+            raise UserError(f"{place}: {key!r} must be text, this is {type(row[key]).__name__}")
+        if not is_text(row[key]):
+            raise UserError(f"{place}: {key!r} holds half of a surrogate pair, which is no text")
+    return Question(position, row["question"], row["answer"])
 
 
 def load_hub_questions(dataset, split):
@@ -268,7 +304,7 @@ def load_hub_questions(dataset, split):
     missing = {"question", "answer"} - set(rows.column_names)
     if missing:
         raise UserError(f"--dataset {dataset} ({split}): no column {min(missing)!r}; it has {rows.column_names}")
-    return [Question(i, row["question"], row["answer"]) for i, row in enumerate(rows)]
+    return [as_question(i, row, f"--dataset {dataset} ({split}), row {i}") for i, row in enumerate(rows)]
 
 
 def hash_questions(questions):
@@ -293,6 +329,8 @@ MODEL_FILES = (
     "added_tokens.json", "vocab.*", "merges.txt",
 )  # fmt: skip
 
+CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -309,19 +347,24 @@ class ModelFiles:
         return own | {f"base/{name}": value for name, value in (self.base.hashes() if self.base else {}).items()}
 
 
-def find_model(model_id):
-    """The files of a model given by folder or hub id (then downloaded, or taken from the cache)."""
+def find_model(model_id, as_base=False):
+    """The files of a model given by folder or hub id (then downloaded, or taken from the cache).
+
+    What transformers would pass over in silence is refused here: a damaged generation config, a
+    weight index that names files of another kind, an attention function fetched from the hub.
+    """
     folder = Path(model_id).expanduser()
     if not folder.is_dir():
         if folder.exists() or model_id.startswith((".", "/", "~")):
             raise UserError(f"--model-id {model_id}: not a model folder; pass a folder with config.json, or a hub id")
         folder = download_model(model_id)
     if (folder / "adapter_config.json").is_file():
-        config = read_json(folder / "adapter_config.json")
-        base = config.get("base_model_name_or_path")
-        if not base:
+        if as_base:
+            raise UserError(f"{model_id}: the base of an adapter, yet an adapter itself: merge it into its own base first")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not base or not isinstance(base, str):
             raise UserError(f"{folder}/adapter_config.json: names no base model (base_model_name_or_path)")
-        return ModelFiles(model_id, folder, find_model(base))
+        return ModelFiles(model_id, folder, find_model(base, as_base=True))
     if not (folder / "config.json").is_file():
         raise UserError(f"--model-id {model_id}: not a model folder: no config.json or adapter_config.json in it")
     if not any(folder.glob("*.safetensors")):
@@ -329,6 +372,14 @@ def find_model(model_id):
             f"--model-id {model_id}: no *.safetensors in it; other weight files can run code and are not "
             "read: save the model again with save_pretrained"
         )
+    for index in folder.glob("*.safetensors.index.json"):
+        for shard in set(read_json(index).get("weight_map", {}).values()):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise UserError(f"{index}: names {shard!r}; weights are read from *.safetensors beside it alone")
+    configs = {name: read_json(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(configs["config.json"].get(key)):
+            raise UserError(f"{folder}/config.json: {key} names code on the hub, which is not run: remove it")
     return ModelFiles(model_id, folder, None)
 
 
@@ -352,9 +403,12 @@ def load_tokenizer(files):
     has_own = any(files.folder.glob("tokenizer*"))
     folder = files.folder if has_own or not files.base else files.base.folder
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged file raises whatever its parser raises
         raise UserError(f"--model-id {files.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    if not tokenizer("0")["input_ids"]:  # without its files transformers makes one that knows no text
+        raise UserError(f"--model-id {files.name}: its tokenizer knows no digits; are its files there?")
+    return tokenizer
 
 
 def load_model(files, dtype, device):
@@ -375,6 +429,7 @@ def load_model(files, dtype, device):
             dtype=torch.float32 if files.base else final,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they come with the report, by name
             output_loading_info=True,
         )
         if files.base:
@@ -391,11 +446,19 @@ def load_model(files, dtype, device):
 
 
 def merge_adapter(model, files):
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
-    if not (files.folder / "adapter_model.safetensors").is_file():
+    weights = files.folder / "adapter_model.safetensors"
+    if not weights.is_file():
         raise UserError(f"--model-id {files.name}: no adapter_model.safetensors in it; other weight files are not read")
-    return PeftModel.from_pretrained(model, files.folder).merge_and_unload()
+    with warnings.catch_warnings(action="ignore"):  # of missing keys too, which the check below names
+        adapted = PeftModel.from_pretrained(model, files.folder)
+    with safe_open(weights, "pt") as file:
+        missing = get_peft_model_state_dict(adapted).keys() - set(file.keys())
+    if missing:  # peft leaves them as they begin, without effect
+        raise UserError(f"{weights}: missing keys that its config asks for: {min(missing)}")
+    return adapted.merge_and_unload()
 
 
 def choose_device(device, note=log):
@@ -406,7 +469,7 @@ def choose_device(device, note=log):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         note(f"device {device}: {torch.cuda.get_device_name() if device == 'cuda' else 'no CUDA device here'}")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # read back, which a device without memory cannot
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: cannot be used here: {first_line(error)}") from error
     return torch.device(device)
@@ -448,12 +511,14 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise UserError(f"--temperature {self.temperature}: must be above 0; for greedy pass --no-do-sample")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature}: must be above 0 and finite; for greedy pass --no-do-sample")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1 (1 filters nothing)")
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k}: must be 0 (filters nothing) or more")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed}: must be 0 or more and fit 63 bits")
 
 
 @dataclass(frozen=True)
@@ -499,13 +564,14 @@ def generate(model, tokenizer, requests, decoding=Decoding(), batch_size="auto",
     replaced while the generator lives: do not call the model between two completions.
 
     batch_size: "auto" or the most rows at once. note: gets a line for each automatic choice.
-    Raises UserError for a model whose attention cannot be replaced, and for NaN logits.
+    Raises UserError for a model whose attention cannot be replaced, for NaN logits, and where
+    memory is too small for one row.
     """
     if not requests:
         return
     stop_ids, hidden_ids = stop_token_ids(model, tokenizer), hidden_token_ids(tokenizer)
     cache = RollingCache()
-    with borrowed(model, cache):
+    with borrowed(model, cache), named_out_of_memory():
         for row in RollingBatch(model, cache, requests, decoding, stop_ids, batch_size, note).run():
             yield Completion(
                 id=row.request.id,
@@ -529,6 +595,19 @@ def hidden_token_ids(tokenizer):
     """Special tokens, which are no part of the text. The think tags always are."""
     added = tokenizer.added_tokens_decoder.items()
     return {i for i, token in added if token.special and token.content not in ("<think>", "</think>")}
+
+
+@contextlib.contextmanager
+def named_out_of_memory():
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory, and one row at a time is the least: {first_line(error)}; free some, or pass a smaller "
+            "--max-new-tokens"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -1207,8 +1286,9 @@ PUBLISHED_KEYS = ("id", "question", "model_output", "ground_truth_answer")
 
 
 def first_line(error):
-    """The first line of an exception's text, for messages of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an exception's text, with the next where it ends in a colon, for messages of one line."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
 def read_jsonl(path, required=(), bad=None):
@@ -1251,7 +1331,7 @@ def parse_json_line(path, number, line, required=()):
 def replacing(path):
     """A binary file that takes `path`'s place in one step: a reader sees the old one or the new one."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
         try:
             yield file
             file.flush()
@@ -1304,11 +1384,16 @@ class RunOutput:
         that decides differently, or where a file cannot be written.
         """
         with self.named_errors():
+            if self.path.is_dir():
+                raise UserError(f"--output {self.path}: is a folder; pass a file")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.part = open(self.part_path, "a+b", buffering=0)  # noqa: SIM115 - closed below
             self.last_answer = os.fstat(self.part.fileno()).st_mtime
         try:
             self.lock()
+            for name in (self.path.name, self.record_path.name):  # of a process killed while it wrote one
+                for stray in self.path.parent.glob(f".{glob.escape(name)}.*.tmp"):
+                    stray.unlink()
             if overwrite:
                 self.part.truncate(0)
                 self.path.unlink(missing_ok=True)
@@ -1318,11 +1403,20 @@ class RunOutput:
             self.index(self.path)
             self.index(self.part_path)
             self.record = record | {"segments": self.complete(segments) + record["segments"]}
-            yield self
+            try:
+                yield self
+            except BaseException as error:
+                if self.places or not isinstance(error, UserError):
+                    log(f"{self.path}: stopped, {len(self.places)} answers are on disk; the same command goes on from there")
+                raise
         finally:
-            if self.part_path.exists() and not os.fstat(self.part.fileno()).st_size:
+            if self.part_path.exists() and not self.part_size():
                 self.part_path.unlink()
             self.part.close()
+
+    def part_size(self):
+        """Bytes of answers that no finished file holds yet."""
+        return os.fstat(self.part.fileno()).st_size
 
     @contextlib.contextmanager
     def named_errors(self):
@@ -1342,9 +1436,12 @@ class RunOutput:
         """The segments of the run record on disk, which must decide as the new one does."""
         if self.record_path.exists():
             old = read_json(self.record_path)
+            if not is_run_record(old):
+                raise UserError(f"{self.record_path}: is no run record; pass --overwrite or another --output")
             compare_records(self.record_path, old, new)
+            note_changes(old["segments"][-1], new["segments"][-1])
             return old["segments"]
-        if self.path.exists() or os.fstat(self.part.fileno()).st_size:
+        if self.path.exists() or self.part_size():
             raise UserError(
                 f"{self.path}: exists without its run record {self.record_path.name}; "
                 "pass --overwrite or another --output"
@@ -1433,13 +1530,28 @@ class RunOutput:
 
 def compare_records(path, old, new, way_out="pass --overwrite to drop it, or another --output"):
     """UserError where two runs of one output would mix: it names the field, both values and the way out."""
-    before, now = old.get("decides", {}), new["decides"]
+    before, now = old["decides"], new["decides"]
     for key in [*now, *(before.keys() - now.keys())]:
         if before.get(key) != now.get(key):
             raise UserError(
                 f"{path}: was made with {key} = {shorten(before.get(key))}, this run has "
                 f"{shorten(now.get(key))}; {way_out}"
             )
+
+
+def is_run_record(value):
+    """Whether an object from a file has the shape of a run record."""
+    segments = value.get("segments")
+    shaped = isinstance(segments, list) and segments and all(isinstance(segment, dict) for segment in segments)
+    return bool(shaped) and isinstance(value.get("decides"), dict)
+
+
+def note_changes(old, new):
+    """Note what describes the run and is no longer so: it decides nothing, up to rounding."""
+    changed = [f"{key} {shorten(new[key])}, was {shorten(old.get(key))}" for key in new if new[key] != old.get(key)]
+    changed = [change for change in changed if not change.startswith("started")]
+    if changed:
+        log("note: other than before: " + "; ".join(changed))
 
 
 def shorten(value, most=80):

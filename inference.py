@@ -39,6 +39,7 @@ from common import (
     load_questions,
     load_tokenizer,
     log,
+    printable,
     read_jsonl,
     thinking_is_open,
     write_atomically,
@@ -50,6 +51,7 @@ PLAIN_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
 MAX_NEW_TOKENS = {"zero_shot": 512, "cot": 512, "few_shot": 512, "thinking": 4096, "chatml_think_prefill": 4096}
 SAMPLED_MODES = ("thinking",)
 THINKING_MODES = ("thinking", "chatml_think_prefill")
+MOST_SAMPLES = 10_000
 
 
 @command_line
@@ -73,15 +75,14 @@ def main(argv=None):
             for sample in range(args.num_samples)
             if (i, sample) not in output.places
         ]
-        if missing:
+        if missing or output.part_size():  # the latter: stopped between the last answer and the end
             done = len(prompts) * args.num_samples - len(missing)
             log(f"{args.output}: {done} answers are there, {len(missing)} to go" if done else f"writing {args.output}")
             model = load_model(files, dtype, device)
             requests = build_requests(args, prompts, missing, tokenizer, model)
             answer(args, model, tokenizer, requests, questions, prompts, output)
         else:
-            print(f"{args.output}: finished already, {len(output.places)} answers; --overwrite makes it again")
-            return 0
+            log(f"{args.output}: finished already, {len(output.places)} answers; --overwrite makes it again")
     if args.save_txt:
         save_txt(args.output)
     return 0
@@ -139,6 +140,8 @@ def fill_defaults(args):
     given = {name: getattr(args, name) for name in sampling if getattr(args, name) is not None}
     if args.do_sample:
         args.decoding = Decoding(do_sample=True, seed=args.seed, **(sampling | given))
+        if args.num_samples > MOST_SAMPLES:
+            raise UserError(f"--num-samples {args.num_samples}: must be at most {MOST_SAMPLES}")
     else:
         greedy = f"decoding is greedy (--mode {args.mode}): add --do-sample"
         for name in given:
@@ -161,7 +164,14 @@ def load_examples(args, questions):
 
 
 def build_prompts(args, questions, examples, tokenizer):
-    """The prompt of every question up to --limit. A question is never shown its own answer."""
+    """The prompt of every question up to --limit. A question is never shown its own answer.
+
+    Special tokens inside a question are left as they are, and noted: the model reads them as markup.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    marked = [item.id for item in questions[: args.limit] if any(token in item.question for token in special)]
+    if marked:
+        log(f"note: {len(marked)} questions hold special tokens, which the model reads as markup; first question {marked[0]}")
     prompts = []
     for question in questions[: args.limit]:
         others = [item for item in examples if not (args.split == "train" and item.id == question.id)]
@@ -175,7 +185,7 @@ def build_prompts(args, questions, examples, tokenizer):
 def print_prompts(prompts, tokenizer):
     for number, prompt in enumerate(prompts):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        print(f"--- prompt {number}, {len(ids)} tokens\n{prompt}\n--- token ids\n{ids}")
+        print(f"--- prompt {number}, {len(ids)} tokens\n{printable(prompt)}\n--- token ids\n{ids}")
     return 0
 
 
@@ -220,6 +230,12 @@ def build_requests(args, prompts, missing, tokenizer, model):
     for i, limit in enumerate(limits):
         if limit < 1:
             raise UserError(f"question {i}: its prompt of {len(ids[i])} tokens does not fit the model's {positions} positions")
+    largest, vocabulary = max(map(max, ids)), model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise UserError(
+            f"--model-id {args.model_id}: its tokenizer gives token {largest}, its weights know {vocabulary} tokens: "
+            "the tokenizer of another model"
+        )
     touched = sum(limits[i] < args.max_new_tokens for i, _ in missing)
     if touched:
         log(f"max_new_tokens cut for {touched} of {len(missing)} answers: the model has {positions} positions")
@@ -227,7 +243,7 @@ def build_requests(args, prompts, missing, tokenizer, model):
 
 
 def answer(args, model, tokenizer, requests, questions, prompts, output):
-    """Generate and append each answer as it ends. A stop keeps them and says how to go on."""
+    """Generate and append each answer as it ends. A stop keeps them."""
     from tqdm import tqdm
 
     begun, before = time.perf_counter(), output.totals["output_tokens"]
@@ -241,7 +257,6 @@ def answer(args, model, tokenizer, requests, questions, prompts, output):
                 bar.update()
         output.finish()
     except BaseException:
-        log(f"stopped: {len(output.places)} answers are on disk; the same command goes on from there")
         with contextlib.suppress(UserError):  # the first error is the one to tell
             output.write_record(seconds=round(time.perf_counter() - begun, 3))
         raise
@@ -276,13 +291,13 @@ def report(path, segment):
 
 
 def save_txt(path):
-    """The answers as readable text, NAME.txt."""
+    """The answers as readable text, NAME.txt, which may be shown on a terminal."""
     pages = [
         f"===== question {row['id']}, sample {row['sample']}\n{row['question']}\n"
         f"----- answer\n{row['model_output']}\n----- reference\n{row['ground_truth_answer']}\n"
         for _, row in read_jsonl(path)
     ]
-    write_atomically(path.with_suffix(".txt"), "\n".join(pages))
+    write_atomically(path.with_suffix(".txt"), printable("\n".join(pages)))
 
 
 if __name__ == "__main__":

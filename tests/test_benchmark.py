@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import benchmark
+import common
 
 
 def line(id=0, text="#### 18", gold="#### 18", **more):
@@ -233,7 +234,7 @@ def test_a_reader_that_stops_early_sees_no_traceback(write):
 
 
 def test_what_could_steer_a_terminal_is_printed_escaped():
-    assert benchmark.printable("a\x1b[31m\x07\x9b\ud800\u202eé\n−") == "a\\x1b[31m\\x07\\x9b\\ud800\\u202eé\n−"
+    assert common.printable("a\x1b[31m\x07\x9b\ud800\u202eé\n−") == "a\\x1b[31m\\x07\\x9b\\ud800\\u202eé\n−"
 
 
 def test_twelve_files_are_started_and_scored_in_about_a_second_without_torch(shared):
