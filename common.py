@@ -53,6 +53,21 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(argv)
 
 
+def at_least(least):
+    """An argparse type: a whole number, `least` or more."""
+
+    def integer(text):
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return number
+
+    return integer
+
+
 class Terminated(BaseException):
     """SIGTERM, raised where it arrives, so that it cleans up as Ctrl-C does."""
 
@@ -479,7 +494,7 @@ def choose_dtype(dtype, device, note=log):
 # once and kept apart: every row attends to it, none holds a copy.
 # ------------------------------------------------------------------------------------------
 
-MOST_SLOTS = {"cpu": 512, "cuda": 1024}  # what --batch-size auto takes where memory allows more
+MOST_SLOTS = {"cpu": 1024, "cuda": 1024}  # what --batch-size auto takes where memory allows more
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one pass; on a CPU the activations stay in its caches
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
 SPARE_COLUMNS = 128  # beyond the longest prompt at first, and beyond the longest row at most
@@ -1513,14 +1528,14 @@ class RunOutput:
             self.part.truncate(0)
 
 
-def compare_records(path, old, new):
-    """UserError where two runs of one output would mix: it names the field and both values."""
+def compare_records(path, old, new, way_out="pass --overwrite to drop it, or another --output"):
+    """UserError where two runs of one output would mix: it names the field, both values and the way out."""
     before, now = old["decides"], new["decides"]
     for key in [*now, *(before.keys() - now.keys())]:
         if before.get(key) != now.get(key):
             raise UserError(
                 f"{path}: was made with {key} = {shorten(before.get(key))}, this run has "
-                f"{shorten(now.get(key))}; pass --overwrite to drop it, or another --output"
+                f"{shorten(now.get(key))}; {way_out}"
             )
 
 

@@ -25,6 +25,7 @@ from common import (
     Request,
     RunOutput,
     UserError,
+    at_least,
     build_prompt,
     choose_device,
     choose_dtype,
@@ -115,19 +116,6 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     fill_defaults(args)
     return args
-
-
-def at_least(least):
-    def integer(text):
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
-        return number
-
-    return integer
 
 
 def batch_size(text):

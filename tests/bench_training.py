@@ -1,0 +1,252 @@
+"""What training costs: this project's way against the plain one, by turns in one process.
+
+    python tests/bench_training.py                      # both CPU cases, three seeds; writes results/training.md
+    python tests/bench_training.py --case small --seeds 1 --output /dev/null
+
+Plain is TRL's SFTTrainer as it comes: batches of 12 in the data's order, padded to the longest, activation
+checkpointing on. Ours is what train.py builds. Both see the same rows, start from the same weights and
+use the same optimizer, schedule and batch size; timed is the training alone, without evaluation or files. With
+a CUDA device the case `gpu` runs instead: Qwen3-0.6B's shape, random weights, in bf16, full and LoRA.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+import train_lora
+from common import (
+    find_model,
+    load_model,
+    load_questions,
+    load_tokenizer,
+    log,
+    write_atomically,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = str(ROOT / "demo/model")
+SHARED = Path(os.environ.get("GSM8K_SHARED") or ROOT.parent / "shared")
+BATCH = 12
+PEAK_FLOPS = 989e12  # an H200's in bf16, without sparsity: its data sheet
+# What is added to plain, one after the other; the last is what train.py does.
+STEPS = ("plain", "checkpointing off", "grouped by length", "ours")
+WORSE = "padding-free"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, action="append", help="run this one alone (repeatable)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=ROOT / "results/training.md")
+    args = parser.parse_args()
+    cases = args.case or (["gpu"] if torch.cuda.is_available() else ["demo", "small"])
+    measured = [measure(name, seed, way) for name in cases for seed in range(args.seeds) for way in ways(name, seed)]
+    text = report(measured)
+    print(text)
+    if args.output != Path("/dev/null"):
+        write_atomically(args.output, text)
+
+
+def ways(case, seed):
+    """Every seed runs the two that are compared; the first also what lies between them, and what did not pay."""
+    if case == "gpu":
+        return [(way, method) for method in ("full", "lora") for way in ("plain", "ours")]
+    return [(way, "full") for way in ((*STEPS, WORSE) if seed == 0 else ("plain", "ours"))]
+
+
+# ------------------------------------------------------------------------------------------
+# Cases: a model, its tokenizer, rows to train on and rows held out
+# ------------------------------------------------------------------------------------------
+
+
+def demo_case():
+    questions = load_questions(str(ROOT / "demo/problems"), "train")
+    return load_model(find_model(DEMO), "fp32", "cpu"), DEMO, questions[:2500], questions[2500:], 1e-3
+
+
+def small_case():
+    """About 2.5 M parameters, the demo's vocabulary, 192 real training examples."""
+    questions = load_questions(str(SHARED / "gsm8k"), "train")
+    model = random_model(
+        vocab_size=1000, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=32, max_position_embeddings=2048,
+    )  # fmt: skip
+    return model, DEMO, questions[:192], questions[192:320], 3e-3
+
+
+def gpu_case():
+    questions = load_questions(str(SHARED / "gsm8k"), "train")
+    model = random_model(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
+    )  # fmt: skip
+    return model.cuda(), str(SHARED / "qwen3_tokenizer"), questions[: 200 * BATCH], questions[-200:], 2e-5
+
+
+CASES = {"demo": demo_case, "small": small_case, "gpu": gpu_case}
+
+
+def random_model(**shape):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6, **shape))
+
+
+# ------------------------------------------------------------------------------------------
+# One run
+# ------------------------------------------------------------------------------------------
+
+
+def measure(case, seed, way):
+    name, method = way
+    model, tokenizer, training, held_out, rate = CASES[case]()
+    tokenizer = load_tokenizer(find_model(tokenizer)) if tokenizer == DEMO else gpu_tokenizer(tokenizer)
+    rows = train.encode_rows("training", train.target_pairs(training), tokenizer, 2048)
+    held_out_rows = train.encode_rows("held-out", train.target_pairs(held_out), tokenizer, 2048)
+    if method == "lora":
+        model = with_adapter(model)
+    trainer = build(name, model, tokenizer, rows, held_out_rows, rate, seed)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    # On a CPU its own seconds count, not the clock's: other work on the machine does not change them.
+    clock = time.perf_counter if on_gpu else time.process_time
+    begun = clock()
+    trainer.train()
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = clock() - begun
+    judge = build("ours", trainer.model, tokenizer, rows, held_out_rows, rate, seed)
+    judge.model.eval()
+    loss, tokens = judge.sum_losses(0, 1)
+    seen = sum(map(train.len_ids, rows))
+    result = {
+        "case": case, "way": name, "method": method, "seed": seed, "seconds": seconds, "examples": len(rows),
+        "tokens": seen, "loss": loss / tokens, "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "threads": torch.get_num_threads(), "parameters": sum(weight.numel() for weight in model.parameters()),
+    }  # fmt: skip
+    if on_gpu:
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["share_of_peak"] = (6 if method == "full" else 4) * result["parameters"] * seen / seconds / PEAK_FLOPS
+    log(json.dumps(result))
+    return result
+
+
+def gpu_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def with_adapter(model):
+    from peft import LoraConfig, get_peft_model
+
+    args = train_lora.parse_args(["--output-dir", "unused"])
+    modules = train_lora.choose_modules(args.target_modules, model)
+    config = LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=modules, task_type="CAUSAL_LM")
+    return get_peft_model(model.bfloat16(), config)
+
+
+def build(way, model, tokenizer, rows, held_out_rows, rate, seed):
+    """A trainer for one epoch that goes the given way and writes nothing."""
+    from datasets import Dataset
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+    from trl import SFTTrainer
+
+    flags = ["--output-dir", tempfile.mkdtemp(), "--learning-rate", rate, "--batch-size", BATCH, "--epochs", 1, "--seed", seed]
+    args = train.build_parser("", rate, "").parse_args([str(flag) for flag in [*flags, "--eval-questions", 0]])
+    args.dtype = "bf16" if model.device.type == "cuda" else "fp32"
+    config = train.build_config(args, 1, len(rows))
+    config.eval_strategy = IntervalStrategy.NO
+    config.save_strategy = SaveStrategy.NO
+    config.eval_on_start = config.load_best_model_at_end = False
+    config.report_to, config.disable_tqdm, config.logging_steps = [], True, 1000
+    if way == "ours":
+        return train.build_trainer(args, config, model, tokenizer, rows, held_out_rows, [])
+    config.gradient_checkpointing = config.activation_checkpointing = way == "plain"
+    config.train_sampling_strategy = "sequential"
+    config.padding_free = way == WORSE
+    order = train.EpochOrder(None, [train.len_ids(row) for row in rows], BATCH, seed)
+    methods = {"_get_train_sampler": lambda self, dataset=None: order} if way in ("grouped by length", WORSE) else {}
+    trainer = type("Plain", (SFTTrainer,), methods)(
+        model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)
+    )
+    order.trainer = trainer
+    return trainer
+
+
+# ------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------
+
+TITLES = {
+    "demo": "The demo's model and problems",
+    "small": "2.5 M parameters, 192 real GSM8K examples",
+    "gpu": "Qwen3-0.6B's shape, random weights, real GSM8K examples",
+}
+
+
+def report(measured):
+    """The Markdown of results/training.md, every figure from these runs."""
+    lines = [
+        "# What training costs",
+        "",
+        "One epoch, this project's way (`ours`) against TRL's SFTTrainer as it comes (`plain`): same rows, same start,",
+        f"same optimizer and schedule, batches of {BATCH}. Every line is the mean over its seeds and stands against plain's",
+        "mean over the same seeds; held-out loss is per token; on a CPU the seconds are those that the process computed.",
+        "Made by `OMP_NUM_THREADS=1 python tests/bench_training.py`.",
+    ]
+    for case in dict.fromkeys(run["case"] for run in measured):
+        for method in dict.fromkeys(run["method"] for run in measured if run["case"] == case):
+            lines += table([run for run in measured if (run["case"], run["method"]) == (case, method)])
+    return "\n".join(lines) + "\n"
+
+
+def table(runs):
+    first = runs[0]
+    lines = [
+        "",
+        f"## {TITLES[first['case']]}{', LoRA' if first['method'] == 'lora' else ''}",
+        "",
+        f"{first['parameters']:,} parameters, {first['examples']:,} examples of {first['tokens'] / first['examples']:.0f} tokens,",
+        f"on {first['device']} with {first['threads']} thread(s), torch {torch.__version__}.",
+        "",
+        "| way | seeds | seconds | examples/s | tokens/s | times plain | held-out loss | against plain |"
+        + (" peak memory | share of peak |" if "peak_gib" in first else ""),
+        "| --- " + "| ---: " * (9 if "peak_gib" in first else 7) + "|",
+    ]
+    plain = average(runs, "plain")
+    for way in dict.fromkeys(run["way"] for run in runs):
+        mean = average(runs, way)
+        same = average([run for run in runs if run["seed"] in mean["seeds"]], "plain")  # the same seeds' plain
+        line = (
+            f"| {way} | {len(mean['seeds'])} | {mean['seconds']:.1f} | {mean['examples'] / mean['seconds']:.1f} "
+            f"| {mean['tokens'] / mean['seconds']:.0f} | {same['seconds'] / mean['seconds']:.2f} | {mean['loss']:.4f} "
+            f"| {100 * (mean['loss'] / same['loss'] - 1):+.2f} % |"
+        )
+        if "peak_gib" in plain:
+            line += f" {mean['peak_gib']:.1f} GiB | {100 * mean['share_of_peak']:.0f} % |"
+        lines.append(line)
+    return lines
+
+
+def average(runs, way):
+    """The means of a way's figures over its seeds."""
+    chosen = [run for run in runs if run["way"] == way]
+    figures = [key for key, value in chosen[0].items() if isinstance(value, float | int) and key != "seed"]
+    return {key: statistics.mean(run[key] for run in chosen) for key in figures} | {"seeds": {run["seed"] for run in chosen}}
+
+
+if __name__ == "__main__":
+    main()

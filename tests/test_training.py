@@ -1,0 +1,476 @@
+"""train.py and train_lora.py train on what inference asks, on nothing of test, and lose nothing when they stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import train
+import train_lora
+from common import (
+    Request,
+    UserError,
+    build_prompt,
+    chatml_think_prefill,
+    find_model,
+    generate,
+    load_model,
+    load_questions,
+    load_tokenizer,
+    read_json,
+    score_final,
+)
+
+MODEL = str(ROOT / "demo/model")
+PROBLEMS = [json.loads(line) for line in (ROOT / "demo/problems/train.jsonl").read_text().splitlines()[:88]]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """88 training problems. Whoever reads the test split fails: it is no JSON."""
+    folder = tmp_path_factory.mktemp("dataset")
+    write_problems(folder, PROBLEMS)
+    (folder / "test.jsonl").write_text("the test split must not be read\n")
+    return folder
+
+
+def write_problems(folder, problems):
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps({"question": item["question"], "answer": item["answer"]}) + "\n" for item in problems]
+    (folder / "train.jsonl").write_text("".join(lines))
+
+
+def flags(dataset, output, *more):
+    """A run of 2 epochs of 4 steps: 48 rows in batches of 12, 40 held out, 16 of them answered."""
+    fixed = ["--model-id", MODEL, "--dataset", dataset, "--output-dir", output, "--eval-size", 40, "--eval-questions", 16]
+    return [str(flag) for flag in [*fixed, "--epochs", 2, "--batch-size", 12, "--learning-rate", 1e-3, *more]]
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert train.main(flags(dataset, folder)) == 0
+    return folder
+
+
+def history(folder, key):
+    return {row["step"]: row[key] for row in read_json(folder / "trainer_state.json")["log_history"] if key in row}
+
+
+def same_weights(one, other):
+    one, other = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------
+# One template
+# ------------------------------------------------------------------------------------------
+
+
+def test_training_conditions_on_inferences_prompt_on_all_of_gsm8k(shared):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "qwen3_tokenizer")
+    questions = load_questions(str(shared / "gsm8k"), "train")
+    pairs = train.target_pairs(questions)
+    rows = train.encode_rows("training", pairs, tokenizer, 40960)
+    assert len(rows) == 7473  # none is dropped: apart and together tokenize alike
+    asked = tokenizer([build_prompt("chatml_think_prefill", item.question, tokenizer) for item in questions])["input_ids"]
+    for row, prompt, (_, completion) in zip(rows, asked, pairs, strict=True):
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert row["labels"][: len(prompt)] == [train.IGNORED] * len(prompt)
+        assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
+        assert row["input_ids"][-1] == 151645  # <|im_end|>
+    assert tokenizer.decode(rows[0]["labels"][len(asked[0]) :]) == pairs[0][1]
+    assert max(len(row["input_ids"]) - len(prompt) for row, prompt in zip(rows, asked, strict=True)) < train.EVAL_MAX_NEW_TOKENS
+
+
+def test_completion_is_the_reasoning_and_the_final_line():
+    answer = "Half of 8 is 8/2=<<8/2=4>>4.\nSo 4+1=<<4+1=5>>5 are left.\n#### 1,005"
+    assert train.target_completion(answer) == (
+        "Half of 8 is 8/2=<<8/2=4>>4.\nSo 4+1=<<4+1=5>>5 are left.\n</think>\n\n#### 1,005<|im_end|>"
+    )
+    assert score_final(train.target_completion(answer), answer, thinking_open=True) == "right"
+    question = load_questions(str(ROOT / "demo/problems"), "train")[0]
+    ((_, completion),) = train.target_pairs([question], without_annotations=True)
+    assert "<<" in question.answer and "<<" not in completion
+
+
+def test_rows_that_do_not_fit_or_would_tokenize_otherwise_are_dropped_and_counted(capsys):
+    tokenizer = load_tokenizer(find_model(MODEL))
+    pairs = [("<|im_start|>user\n", "4 apples<|im_end|>"), ("Yes\n", "\nNo<|im_end|>"), ("a", "b" * 400 + "<|im_end|>")]
+    assert len(train.encode_rows("training", pairs, tokenizer, 200)) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 3 training examples dropped: longer than the model's 200 positions" in printed
+    assert "1 of 3 training examples dropped: prompt and completion merge" in printed
+
+
+def test_the_examples_shown_say_what_is_trained(capsys):
+    tokenizer = load_tokenizer(find_model(MODEL))
+    rows = train.encode_rows("training", [("Is 1\x1b[2J?\n", "Yes.<|im_end|>")], tokenizer, 200)
+    train.show_examples(rows, tokenizer)
+    before, trained = capsys.readouterr().out.split("of completion, trained")
+    assert "Is 1\\x1b[2J?" in before and "not trained" in before and trained.strip().startswith("Yes.<|im_end|>")
+
+
+# ------------------------------------------------------------------------------------------
+# No leak
+# ------------------------------------------------------------------------------------------
+
+
+def test_held_out_questions_are_train_questions_that_are_not_trained_on(tmp_path):
+    write_problems(tmp_path, PROBLEMS + PROBLEMS[:30])  # every third question stands there twice
+    parse = train.build_parser("", 1e-3, "").parse_args
+    questions = load_questions(str(tmp_path), "train")
+    split = [train.split_questions(parse(flags(tmp_path, "x", "--seed", seed)), questions) for seed in (1, 1, 2)]
+    assert split[0] == split[1] != split[2]
+    for training, held_out in split:
+        assert len(held_out) == 40
+        assert not {item.question for item in training} & {item.question for item in held_out}
+        assert {item.question for item in training + held_out} == {item["question"] for item in PROBLEMS}
+
+
+# ------------------------------------------------------------------------------------------
+# Order, loss and score
+# ------------------------------------------------------------------------------------------
+
+
+def test_order_is_by_seed_and_epoch_in_batches_of_like_length():
+    lengths = [(7 * i) % 101 for i in range(1000)]
+    order = train.epoch_order(lengths, 16, 42, 0)
+    assert order == train.epoch_order(lengths, 16, 42, 0)
+    assert order != train.epoch_order(lengths, 16, 42, 1) and order != train.epoch_order(lengths, 16, 43, 0)
+    assert len(order) == len(set(order)) == 992
+    batches = [[lengths[i] for i in order[start : start + 16]] for start in range(0, 992, 16)]
+    assert sum(max(batch) - min(batch) for batch in batches) / len(batches) < 5
+    assert [max(batch) for batch in batches] != sorted(max(batch) for batch in batches)
+
+
+def test_loss_is_the_mean_over_trained_tokens_however_the_batch_is_cut(trained, dataset, tmp_path):
+    assert train.main(flags(dataset, tmp_path / "parts", "--gradient-accumulation", 2)) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    command = [*launch, str(ROOT / "train.py"), *flags(dataset, tmp_path / "processes")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for folder in (tmp_path / "parts", tmp_path / "processes"):
+        for key in ("loss", "eval_loss"):
+            assert history(folder, key) == pytest.approx(history(trained, key), abs=1e-4)
+        assert history(folder, "eval_score") == history(trained, "eval_score")
+    assert read_json(tmp_path / "processes" / train.RECORD)["segments"][0]["processes"] == 2
+
+    # The first step's loss by hand: summed over all of the batch's completion tokens, divided by their number.
+    args = train.build_parser("", 1e-3, "").parse_args(flags(dataset, "x"))
+    files = find_model(MODEL)
+    tokenizer, model = load_tokenizer(files), load_model(files, "fp32", torch.device("cpu"))
+    training, _ = train.split_questions(args, load_questions(str(dataset), "train"))
+    rows = train.encode_rows("training", train.target_pairs(training), tokenizer, 2048)
+    order = train.epoch_order([len(row["input_ids"]) for row in rows], 12, args.seed, 0)
+    total = count = 0
+    for row in (rows[i] for i in order[:12]):
+        labels = torch.tensor(row["labels"])
+        with torch.inference_mode():
+            scores = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        learned = (labels[1:] != train.IGNORED).nonzero()[:, 0]
+        total -= scores[learned, labels[1:][learned]].sum().item()
+        count += len(learned)
+    assert history(trained, "loss")[1] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_eval_score_is_what_inference_and_the_scorer_say(trained, dataset):
+    args = train.build_parser("", 1e-3, "").parse_args(flags(dataset, "x"))
+    _, held_out = train.split_questions(args, load_questions(str(dataset), "train"))
+    files = find_model(str(trained))
+    tokenizer, model = load_tokenizer(files), load_model(files, "fp32", torch.device("cpu"))
+    requests = [
+        Request(i, 0, tokenizer(chatml_think_prefill(item.question))["input_ids"], train.EVAL_MAX_NEW_TOKENS)
+        for i, item in enumerate(held_out[:16])
+    ]
+    right = sum(
+        score_final(done.text, held_out[done.id].answer, thinking_open=True) == "right"
+        for done in generate(model, tokenizer, requests, note=lambda line: None)
+    )
+    result = read_json(trained / train.RECORD)["result"]
+    assert result["eval_score"] == pytest.approx(100 * right / 16)
+    assert result["eval_score_stderr"] == pytest.approx(100 * (right / 16 * (1 - right / 16) / 16) ** 0.5)
+
+
+def test_the_best_score_is_kept_ties_by_loss_and_patience_stops(dataset, tmp_path, monkeypatch):
+    """Scores 25, 50, 50, 50, 25 with falling loss: the fourth epoch is best, patience 3 ends after the fifth."""
+    scores = iter([0, 4, 8, 8, 8, 4, 16])
+    monkeypatch.setattr(train.Scoring, "count_right", lambda *_: (next(scores), 16))
+    saved = {}
+    save = train.Scoring._save
+
+    def keep(trainer, *args, **kwargs):
+        save(trainer, *args, **kwargs)
+        saved[trainer.state.global_step] = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    monkeypatch.setattr(train.Scoring, "_save", keep)
+    assert train.main(flags(dataset, tmp_path / "run", "--epochs", 8, "--patience", 3)) == 0
+    losses = history(tmp_path / "run", "eval_loss")
+    assert list(losses) == [0, 4, 8, 12, 16, 20]
+    assert losses[8] > losses[12] > losses[16]
+    state = read_json(tmp_path / "run" / "trainer_state.json")
+    assert (state["best_global_step"], state["best_metric"]) == (16, 50)
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(weights[name], saved[16][name]) for name in weights)
+
+
+# ------------------------------------------------------------------------------------------
+# Stop and resume
+# ------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+def deadly(trainer, *args, **kwargs):
+    if trainer.state.global_step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return super(train.Scoring, trainer).training_step(*args, **kwargs)
+train.Scoring.training_step = deadly
+train.main({flags!r})
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(trained, dataset, tmp_path, capsys):
+    script = KILLED.format(root=str(ROOT), flags=flags(dataset, tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "run/checkpoint-4").is_dir() and not (tmp_path / "run/model.safetensors").exists()
+    torn = tmp_path / "run/checkpoint-6"  # a checkpoint that was being written when the kill came
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 6')
+    assert train.main(flags(dataset, tmp_path / "run", "--resume")) == 0
+    assert "going on after step 4" in capsys.readouterr().out
+    assert same_weights(tmp_path / "run", trained)
+    assert history(tmp_path / "run", "eval_score") == history(trained, "eval_score")
+    assert len(read_json(tmp_path / "run" / train.RECORD)["segments"]) == 2
+
+
+def test_an_interrupt_stops_after_the_step_saves_and_goes_on(trained, dataset, tmp_path, monkeypatch, capsys):
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super(train.Scoring, trainer).training_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Scoring, "training_step", interrupted, raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            train.main(flags(dataset, tmp_path / "run"))
+    assert stopped.value.code == 130
+    assert "stopped after step 6 and saved" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoint-6").is_dir()
+    assert train.main(flags(dataset, tmp_path / "run", "--resume")) == 0
+    assert "going on after step 6" in capsys.readouterr().out
+    assert same_weights(tmp_path / "run", trained)
+    assert train.main(flags(dataset, tmp_path / "run", "--resume")) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_a_run_killed_after_its_last_checkpoint_only_finishes(dataset, tmp_path, monkeypatch):
+    """--max-steps ends inside an epoch, where transformers alone would train one step too many."""
+    more = ("--max-steps", 6)
+    assert train.main(flags(dataset, tmp_path / "whole", *more)) == 0
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", die)
+        with pytest.raises(SystemExit):
+            train.main(flags(dataset, tmp_path / "run", *more))
+    assert train.main(flags(dataset, tmp_path / "run", *more, "--resume")) == 0
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert list(history(tmp_path / "run", "eval_loss")) == [0, 4, 6]
+
+
+# ------------------------------------------------------------------------------------------
+# What a run leaves behind
+# ------------------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_what_it_should_and_nothing_that_runs_code(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja",
+        "trainer_state.json", "train.run.json", "README.md", "training.png", "runs",
+    }  # fmt: skip
+    assert not [path for path in trained.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    assert find_model(str(trained)).base is None
+    original, saved = (json.loads((Path(folder) / "generation_config.json").read_text()) for folder in (MODEL, trained))
+    assert saved["eos_token_id"] == original["eos_token_id"]
+    score = read_json(trained / train.RECORD)["result"]["eval_score"]
+    card = (trained / "README.md").read_text()
+    assert f"{score:.1f} ±" in card and "kept" in card and "the test split was not read" in card
+
+
+def test_tensorboard_has_loss_rate_norm_and_score(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (log,) = (trained / "runs").iterdir()
+    tags = EventAccumulator(str(log)).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/score", "eval/loss"} <= set(tags)
+
+
+def test_adapter_is_taken_by_inference_and_merged_answers_alike(dataset, tmp_path):
+    lora = ("--rank", 4, "--dropout", 0.05, "--target-modules", "q_proj,v_proj", "--learning-rate", 5e-3, "--max-steps", 3)
+    assert train_lora.main(flags(dataset, tmp_path / "adapter", *lora)) == 0
+    assert train_lora.main(flags(dataset, tmp_path / "merged", *lora, "--merge")) == 0
+    adapter, merged = find_model(str(tmp_path / "adapter")), find_model(str(tmp_path / "merged"))
+    assert adapter.base.name == MODEL and merged.base is None
+    config = read_json(tmp_path / "adapter/adapter_config.json")
+    assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 32, ["q_proj", "v_proj"])
+    weights = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+    one, other = (load_model(files, "fp32", torch.device("cpu")) for files in (adapter, merged))
+    ids = torch.arange(100)[None]
+    with torch.inference_mode():
+        assert torch.allclose(one(ids).logits, other(ids).logits, atol=1e-4)
+
+
+def test_the_base_of_an_adapter_stays_as_it_is_in_bf16(dataset, tmp_path):
+    args = train_lora.parse_args(flags(dataset, tmp_path, "--dtype", "bf16"))
+    model = train_lora.load_with_adapter(args, find_model(MODEL), torch.device("cpu"))
+    kinds = {(weight.dtype, weight.requires_grad) for weight in model.parameters()}
+    assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
+    full = train.load_full_model(args, find_model(MODEL), torch.device("cpu"))
+    assert {weight.dtype for weight in full.parameters()} == {torch.float32}
+
+
+def test_bf16_computes_with_fp32_weights(dataset, tmp_path):
+    assert train.main(flags(dataset, tmp_path / "run", "--dtype", "bf16", "--max-steps", 2)) == 0
+    assert {weight.dtype for weight in load_file(tmp_path / "run/model.safetensors").values()} == {torch.float32}
+
+
+def test_push_to_hub_asks_for_the_repository_first_and_uploads_at_the_end(dataset, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+    for method in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(huggingface_hub.HfApi, method, lambda self, method=method, **named: calls.append((method, named)))
+    assert train.main(flags(dataset, tmp_path / "run", "--max-steps", 1, "--push-to-hub", "me/model")) == 0
+    assert [method for method, _ in calls] == ["create_repo", "upload_folder"]
+    assert calls[1][1] == {"repo_id": "me/model", "folder_path": tmp_path / "run"}
+
+
+# ------------------------------------------------------------------------------------------
+# Memory and bad input
+# ------------------------------------------------------------------------------------------
+
+
+def test_activations_are_estimated_within_a_third():
+    model = load_model(find_model(MODEL), "fp32", torch.device("cpu"))
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.randint(0, 1000, (8, 200))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = torch.nn.functional.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), ids.flatten())
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    measured = sum(size for address, size in saved.items() if address not in weights) / ids.numel()
+    loss.backward()
+    estimated = train.activation_bytes_per_token(model, 4, fused_head=False)
+    assert 0.75 < estimated / measured < 1.6
+
+
+def test_short_memory_cuts_the_batch_or_refuses(dataset, monkeypatch, capsys):
+    args = train.build_parser("", 1e-3, "").parse_args(flags(dataset, "x", "--dtype", "fp32"))
+    model = load_model(find_model(MODEL), "fp32", torch.device("cpu"))
+    row = {"input_ids": [0] * 200}
+    need = 12 * train.trainable(model), 200 * train.activation_bytes_per_token(model, 4, fused_head=False)
+    for free, parts in ((need[0] + 12 * need[1], 1), (need[0] + 4 * need[1], 3), (need[0] + need[1], 12)):
+        monkeypatch.setattr(train, "free_memory", lambda device, free=free: free)
+        assert train.fit_into_memory(args, model, torch.device("cpu"), [row]) == parts
+    assert "a batch goes in 12 parts" in capsys.readouterr().out
+    monkeypatch.setattr(train, "free_memory", lambda device: need[0])
+    with pytest.raises(UserError, match="training needs about .* are free"):
+        train.fit_into_memory(args, model, torch.device("cpu"), [row])
+
+
+def no_gold(folder):
+    write_problems(folder, PROBLEMS[:80] + [{"question": "Why?", "answer": "Because."}])
+
+
+def empty(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text("")
+
+
+def few(folder):
+    write_problems(folder, PROBLEMS[:45])
+
+
+BAD_INPUTS = [  # script, what spoils the data set, more flags, what the line names
+    (train, empty, (), "train.jsonl: holds no questions"),
+    (train, no_gold, (), "train question 80: ground_truth_answer does not end in '#### <number>'"),
+    (train, few, (), "--batch-size 12: more than the 5 examples"),
+    (train, None, ("--eval-size", 88), "--eval-size 88: the train split of"),
+    (train, None, ("--eval-questions", 41), "--eval-questions 41: only --eval-size 40"),
+    (train, None, ("--gradient-accumulation", 5), "--batch-size 12: cannot be cut into 5 equal parts"),
+    (train, None, ("--learning-rate", "0"), "--learning-rate: must be above 0"),
+    (train, None, ("--learning-rate", "fast"), "--learning-rate: wants a number"),
+    (train, None, ("--warmup", "-1"), "--warmup: must be 0 or more"),
+    (train, None, ("--epochs", "0"), "--epochs: must be 1 or more"),
+    (train, None, ("--dtype", "int8"), "--dtype: invalid choice"),
+    (train, None, ("--model-id", "./nowhere"), "--model-id ./nowhere: not a model folder"),
+    (train, None, ("--dataset", "./nowhere"), "--dataset ./nowhere: not a folder"),
+    (train, None, ("--output-dir", MODEL), "and no train.run.json; pass an empty folder"),
+    (train, None, ("--output-dir", "/proc/model"), "--output-dir /proc/model: cannot be written"),
+    (train, None, ("--push-to-hub", "no/such/name"), "--push-to-hub no/such/name"),
+    (train_lora, None, ("--target-modules", "q_porj"), "the model has no linear layer 'q_porj'; it has down_proj, gate_proj"),
+    (train_lora, None, ("--target-modules", "lm_head"), "the model has no linear layer 'lm_head'"),
+    (train_lora, None, ("--rank", "0"), "--rank: must be 1 or more"),
+    (train_lora, None, ("--dropout", "1"), "--dropout 1.0: must be below 1"),
+]
+
+
+@pytest.mark.parametrize(("script", "spoil", "more", "named"), BAD_INPUTS, ids=[case[3][:40] for case in BAD_INPUTS])
+def test_bad_input_is_one_line_and_exit_code_2(script, spoil, more, named, dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = dataset
+    if spoil:
+        folder = tmp_path / "data"
+        spoil(folder)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(flags(folder, tmp_path / "run", *more))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert named in error and error.startswith(f"{script.__name__}.py: error: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_is_not_overwritten(trained, dataset, capsys):
+    cases = [((), "holds another run; pass --resume"), (("--resume", "--seed", 1), "was made with seed = 42, this run has 1")]
+    for more, named in cases:
+        with pytest.raises(SystemExit) as stopped:
+            train.main(flags(dataset, trained, *more))
+        assert stopped.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_several_gpus_without_a_launcher_are_refused(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags(dataset, tmp_path / "run"))
+    assert stopped.value.code == 2 and "start with accelerate launch" in capsys.readouterr().err
+
+
+def test_help_is_instant_and_names_its_sources():
+    for script in ("train", "train_lora"):
+        code = f"import sys, {script}; assert not {{'torch', 'transformers', 'trl'}} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        text = subprocess.run([sys.executable, f"{script}.py", "--help"], check=True, cwd=ROOT, capture_output=True, text=True)
+        assert "Stanford Alpaca" in text.stdout and "QLoRA" in text.stdout

@@ -1,0 +1,793 @@
+"""Fine-tune all weights of a language model on grade-school math, with TRL's SFTTrainer.
+
+Trains on exactly the prompt that `inference.py --mode chatml_think_prefill` asks with. Part of the
+train split is held out; after every epoch the model answers questions of it, and the checkpoint with
+the most right answers is the one that is kept. The test split is never read:
+
+    python train.py --output-dir outputs/sft
+    python train.py --model-id demo/model --dataset demo/problems --learning-rate 1e-3 --output-dir outputs/demo-sft
+    accelerate launch --multi_gpu --num_processes 2 train.py --output-dir outputs/sft
+    python inference.py --model-id outputs/sft --mode chatml_think_prefill
+
+A run that was stopped or killed goes on with the same command and --resume. Two processes on a CPU
+need --multi_gpu as well: without it accelerate starts one.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import (
+    ArgumentParser,
+    Decoding,
+    Request,
+    UserError,
+    at_least,
+    chatml_think_prefill,
+    command_line,
+    compare_records,
+    describe_run,
+    find_model,
+    first_line,
+    free_memory,
+    generate,
+    hash_questions,
+    load_model,
+    load_questions,
+    load_tokenizer,
+    log,
+    printable,
+    read_gold,
+    read_json,
+    score_final,
+    strip_annotations,
+    write_atomically,
+)
+
+RECORD = "train.run.json"
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+EVAL_MAX_NEW_TOKENS = 512  # the longest reference completion of GSM8K's train split has 456 tokens
+IGNORED = -100  # the label of a token that is not trained, as torch's cross_entropy has it
+
+
+@command_line
+def main(argv=None):
+    args = build_parser(__doc__, learning_rate=2e-5, rate_source="TRL's SFTConfig").parse_args(argv)
+    return fine_tune(args, load_full_model)
+
+
+def fine_tune(args, build_model):
+    """The whole job. `build_model(args, files, device)` returns the model and what of it is trained."""
+    check_arguments(args)
+    files = find_model(args.model_id)
+    tokenizer = load_tokenizer(files)
+    training, held_out = split_questions(args, load_questions(args.dataset, "train"))
+    rows, held_out_rows = encode_parts(args, files, tokenizer, training, held_out)
+    show_examples(rows[:2], tokenizer)
+    device = own_device()
+    model = build_model(args, files, device)
+    parts = fit_into_memory(args, model, device, rows)
+    record = run_record(args, files, training, held_out, device, parts)
+    if not claim_folder(args, record):
+        return 0
+    checkpoint = last_checkpoint(args.output_dir) if args.resume else None
+    config = build_config(args, parts, len(rows), checkpoint)
+    trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out)
+    begun = time.perf_counter()
+    train(trainer, checkpoint)
+    record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
+    finish(args, trainer, record)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------
+
+
+def build_parser(description, learning_rate, rate_source):
+    parser = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model-id", default="Qwen/Qwen3-0.6B", help="hub id or folder of the model to start from (default %(default)s)")
+    add("--dataset", default="openai/gsm8k", help="hub id, or folder with train.jsonl (default %(default)s)")
+    add("--output-dir", type=Path, required=True, help="folder for the model, its checkpoints, logs and run record")
+    add("--epochs", type=at_least(1), default=3, help="passes over the training part (default 3: Stanford Alpaca's)")
+    add("--max-steps", type=at_least(1), help="stop after so many steps, whatever --epochs says")
+    add("--learning-rate", type=positive, default=learning_rate, help=f"peak (default %(default)g: {rate_source})")
+    add("--lr-scheduler", choices=SCHEDULERS, default="cosine", help="(default %(default)s: Stanford Alpaca's)")
+    add("--warmup", type=not_negative, default=0.03,
+        help="share of the steps, or from 1 on their number (default %(default)s: Stanford Alpaca's)")  # fmt: skip
+    add("--batch-size", type=at_least(1), default=16,
+        help="examples a step, over all processes and accumulated parts (default %(default)s: QLoRA's)")  # fmt: skip
+    add("--gradient-accumulation", type=at_least(1), default=1,
+        help="parts that a process cuts its share of the batch into (default 1, more where memory is short)")  # fmt: skip
+    add("--dtype", choices=("fp32", "bf16"), help="precision of the computation (default bf16 on CUDA that has it, else fp32)")
+    add("--seed", type=at_least(0), default=42, help="of split, order and adapters (default %(default)s: transformers')")
+    add("--eval-size", type=at_least(1), default=500, help="train questions to hold out (default %(default)s)")
+    add("--eval-questions", type=at_least(0), default=500,
+        help="held-out questions to answer after every epoch; their eval_score picks the checkpoint, with 0 "
+        "eval_loss does (default %(default)s: a standard error of 2.2 points)")  # fmt: skip
+    add("--patience", type=at_least(1), help="stop after so many evaluations in a row without a new best (default never)")
+    add("--strip-annotations", action="store_true", help="train on answers without GSM8K's <<48/2=24>>")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir, if there is one")
+    add("--push-to-hub", metavar="REPO_ID", help="upload the finished folder to the hub")
+    return parser
+
+
+def positive(text):
+    number = not_negative(text)
+    if not number:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return number
+
+
+def not_negative(text):
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return number
+
+
+def check_arguments(args):
+    """What can be refused before anything is loaded."""
+    import torch
+
+    if args.eval_questions > args.eval_size:
+        raise UserError(f"--eval-questions {args.eval_questions}: only --eval-size {args.eval_size} are held out")
+    parts = processes() * args.gradient_accumulation
+    if args.batch_size % parts:
+        raise UserError(
+            f"--batch-size {args.batch_size}: cannot be cut into {parts} equal parts "
+            f"({processes()} processes, --gradient-accumulation {args.gradient_accumulation})"
+        )
+    if torch.cuda.device_count() > 1 and processes() == 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process; start with accelerate launch, "
+            "or make one visible with CUDA_VISIBLE_DEVICES=0"
+        )
+    cuda = torch.cuda.is_available()
+    if args.dtype is None:
+        args.dtype = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    elif args.dtype == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("--dtype bf16: this GPU has no bf16; pass --dtype fp32")
+    if args.push_to_hub:
+        call_hub("create_repo", args.push_to_hub, repo_id=args.push_to_hub, exist_ok=True)
+
+
+def processes():
+    """How many processes train together; the launcher says it through the environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main():
+    """Whether this process is the one that writes files and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(line):
+    if is_main():
+        log(line)
+
+
+# ------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------
+
+
+def split_questions(args, questions):
+    """(training part, held-out part) of the train split, by seed. A question is never in both."""
+    for question in questions:
+        try:
+            read_gold(question.answer)
+        except UserError as error:
+            raise UserError(f"{args.dataset}, train question {question.id}: {error}") from error
+    if args.eval_size >= len(questions):
+        raise UserError(f"--eval-size {args.eval_size}: the train split of {args.dataset} has {len(questions)} questions")
+    order = random.Random(args.seed).sample(questions, len(questions))
+    held_out, training = order[: args.eval_size], order[args.eval_size :]
+    held_texts = {question.question for question in held_out}
+    kept = [question for question in training if question.question not in held_texts]
+    if len(kept) < len(training):
+        note(f"{len(training) - len(kept)} training questions dropped: they are held out under another number")
+    note(f"{len(questions)} train questions: {len(kept)} to train on, {len(held_out)} held out (seed {args.seed})")
+    return kept, held_out
+
+
+def target_pairs(questions, without_annotations=False):
+    """(prompt, completion) of every question: what inference asks, and what the model learns to write."""
+    clean = strip_annotations if without_annotations else str
+    return [(chatml_think_prefill(item.question), target_completion(clean(item.answer))) for item in questions]
+
+
+def target_completion(answer):
+    """A reference answer as the end of an open thought: the reasoning, `</think>`, the final line."""
+    reasoning, _, number = answer.rpartition("####")
+    return f"{reasoning.strip()}\n</think>\n\n#### {number.strip()}<|im_end|>"
+
+
+def encode_rows(name, pairs, tokenizer, positions):
+    """Tokenize (prompt, completion) pairs, prompts as inference does; labels cover the completion alone.
+
+    Dropped, counted and printed: what the model's positions cannot hold, for cutting it would cut
+    the answer, and what would be other tokens as one text, for inference would never see those.
+    """
+    if "<|im_end|>" not in tokenizer.get_vocab():
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no <|im_end|>; training writes ChatML, which ends with it")
+    prompts, completions = zip(*pairs, strict=True)
+    texts = list(prompts), list(completions), [prompt + completion for prompt, completion in pairs]
+    encoded = [tokenizer(batch, add_special_tokens=False)["input_ids"] for batch in texts]
+    rows, too_long, merged = [], 0, 0
+    for prompt, completion, whole in zip(*encoded, strict=True):
+        if prompt + completion != whole:
+            merged += 1
+        elif len(whole) > positions:
+            too_long += 1
+        else:
+            rows.append({"input_ids": whole, "labels": [IGNORED] * len(prompt) + completion})
+    for count, reason in ((too_long, f"longer than the model's {positions} positions"), (merged, "prompt and completion merge")):
+        if count:
+            note(f"{count} of {len(pairs)} {name} examples dropped: {reason}")
+    if not rows:
+        raise UserError(f"no {name} example is left of {len(pairs)}")
+    return rows
+
+
+def encode_parts(args, files, tokenizer, training, held_out):
+    """The rows to train on and the rows to evaluate on, as many as the model's positions can hold."""
+    config = read_json((files.base or files).folder / "config.json")
+    positions = config.get("text_config", config).get("max_position_embeddings") or sys.maxsize
+    rows, held_out_rows = (
+        encode_rows(name, target_pairs(part, args.strip_annotations), tokenizer, positions)
+        for name, part in (("training", training), ("held-out", held_out))
+    )
+    if len(rows) < args.batch_size:
+        raise UserError(f"--batch-size {args.batch_size}: more than the {len(rows)} examples there are to train on")
+    return rows, held_out_rows
+
+
+def len_ids(row):
+    return len(row["input_ids"])
+
+
+def show_examples(rows, tokenizer):
+    """What is trained and what is not, of the first rows."""
+    for number, row in enumerate(rows):
+        learned = sum(label != IGNORED for label in row["labels"])
+        start = len_ids(row) - learned
+        note(
+            f"--- example {number}: {start} tokens of prompt, not trained\n"
+            f"{printable(tokenizer.decode(row['input_ids'][:start]))}\n"
+            f"--- example {number}: {learned} tokens of completion, trained\n"
+            f"{printable(tokenizer.decode(row['input_ids'][start:]))}\n---"
+        )
+
+
+def epoch_order(lengths, batch_size, seed, epoch):
+    """The rows of an epoch in order: whole batches of rows of like length, the batches shuffled.
+
+    A function of its arguments alone, so that a resumed run and any number of processes see the same
+    batches. Rows are shuffled, then sorted within stretches of 50 batches, as transformers' length
+    grouping does. The rest that fills no batch, other rows in every epoch, is left out.
+    """
+    draw = random.Random(f"{seed} {epoch}")
+    order = draw.sample(range(len(lengths)), len(lengths) - len(lengths) % batch_size)
+    batches = []
+    for start in range(0, len(order), 50 * batch_size):
+        stretch = sorted(order[start : start + 50 * batch_size], key=lambda i: -lengths[i])
+        batches += [stretch[i : i + batch_size] for i in range(0, len(stretch), batch_size)]
+    draw.shuffle(batches)
+    return [i for batch in batches for i in batch]
+
+
+# ------------------------------------------------------------------------------------------
+# Output folder
+# ------------------------------------------------------------------------------------------
+
+
+def run_record(args, files, training, held_out, device, parts):
+    """What decides the weights and what describes this run, as inference.py records it."""
+    described = ("model_id", "dataset", "output_dir", "gradient_accumulation", "resume", "push_to_hub")
+    prompt, completion = target_pairs(training[:1], args.strip_annotations)[0]
+    decides = {name: value for name, value in vars(args).items() if name not in described}
+    decides |= {
+        "training_sha256": hash_questions(training),
+        "held_out_sha256": hash_questions(held_out),
+        "prompt": prompt,
+        "completion": completion,
+    } | {f"sha256 of {name}": value for name, value in files.hashes().items()}
+    segment = {
+        "model": args.model_id,
+        "dataset": args.dataset,
+        "processes": processes(),
+        "gradient_accumulation": parts,
+        "seconds": None,
+    } | describe_run(device)
+    return {"decides": decides, "segments": [segment], "result": None}
+
+
+def claim_folder(args, record):
+    """Make the folder this run's own; False where it is finished. UserError where it holds another run."""
+    folder, path = args.output_dir, args.output_dir / RECORD
+    if not is_main():
+        return not (args.resume and path.exists() and read_json(path)["result"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = sorted(entry.name for entry in folder.iterdir())
+        if path.exists():
+            if not args.resume:
+                raise UserError(f"--output-dir {folder}: holds another run; pass --resume to go on with it, or another folder")
+            old = read_json(path)
+            compare_records(path, old, record, "pass the same flags, or another --output-dir")
+            if old["result"]:
+                note(f"{folder}: finished already; try it with python inference.py --model-id {folder}")
+                return False
+            record["segments"] = old["segments"] + record["segments"]
+        elif held:
+            raise UserError(f"--output-dir {folder}: holds {held[0]!r} and no {RECORD}; pass an empty folder")
+        write_record(args, record)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written: {error.strerror}") from error
+    return True
+
+
+def write_record(args, record):
+    write_atomically(args.output_dir / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def checkpoints(folder):
+    """The checkpoint folders, the newest last."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def last_checkpoint(folder):
+    """The newest whole checkpoint, or None. The trainer's state is written last: without it, a kill cut it short."""
+    for checkpoint in reversed(checkpoints(folder)):
+        with contextlib.suppress(UserError):
+            step = read_json(checkpoint / "trainer_state.json")["global_step"]
+            note(f"going on after step {step}, from {checkpoint}")
+            return checkpoint
+    note(f"{folder}: no checkpoint yet, beginning anew")
+    return None
+
+
+# ------------------------------------------------------------------------------------------
+# Model and memory
+# ------------------------------------------------------------------------------------------
+
+
+def load_full_model(args, files, device):
+    """All weights in fp32, whatever precision computes: in bf16 most steps would round to nothing."""
+    return load_model(files, "fp32", device)
+
+
+def own_device():
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def fit_into_memory(args, model, device, rows):
+    """Into how many parts a process must cut its share of a batch, by estimate. UserError where one row is too much."""
+    free = free_memory(device)
+    state = 12 * trainable(model)  # gradient and AdamW's two moments, in fp32; the weight, 4 more, is loaded already
+    element = 2 if args.dtype == "bf16" else 4
+    row = max(map(len_ids, rows)) * activation_bytes_per_token(model, element, fused_head=device.type == "cuda")
+    share = args.batch_size // processes()
+    possible = [parts for parts in range(args.gradient_accumulation, share + 1) if share % parts == 0]
+    parts = next((parts for parts in possible if state + share // parts * row <= free), None)
+    if parts is None:
+        raise UserError(
+            f"training needs about {(state + row) / 2**30:.1f} GiB beside the weights, {state / 2**30:.1f} of it for "
+            f"gradients and optimizer, and {free / 2**30:.1f} are free; train_lora.py or a smaller model need less"
+        )
+    if parts > args.gradient_accumulation:
+        note(f"memory is short: a batch goes in {parts} parts, which costs time and changes nothing else")
+    note(
+        f"memory: about {(state + share // parts * row) / 2**30:.2f} GiB beside the weights, {free / 2**30:.1f} free; "
+        f"{trainable(model):,} of {sum(weight.numel() for weight in model.parameters()):,} weights are trained"
+    )
+    return parts
+
+
+def trainable(model):
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def activation_bytes_per_token(model, element, fused_head):
+    """What a token keeps for the backward pass, by counting what the layers of a Llama-like model save.
+
+    A layer: six times the hidden size (both norms twice, two inputs of matrices), query and output twice,
+    key and value twice, four times the MLP's width. On top, without a fused head, the logits, their
+    softmax and its gradient.
+    """
+    config = model.config.get_text_config()
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    head = getattr(config, "head_dim", None) or hidden // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = 6 * hidden + 4 * heads * head + 4 * groups * head + 4 * width
+    return config.num_hidden_layers * layer * element + (0 if fused_head else 3 * 4 * config.vocab_size)
+
+
+# ------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------
+
+
+def build_config(args, parts, examples, checkpoint=None):
+    import warnings
+
+    import torch
+    from transformers.utils import logging
+    from trl import SFTConfig
+
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # TRL 1.16 still says gradient_checkpointing to transformers
+    cuda = torch.cuda.is_available()
+    size = args.batch_size // processes() // parts
+    steps = args.max_steps or args.epochs * (examples // args.batch_size)
+    metric = "eval_score" if args.eval_questions else "eval_loss"
+    return SFTConfig(
+        output_dir=str(args.output_dir),
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps or -1,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_scheduler,
+        warmup_steps=args.warmup,
+        weight_decay=0.0,  # Stanford Alpaca's
+        max_grad_norm=1.0,  # transformers' default, here because the results depend on it
+        per_device_train_batch_size=size,
+        per_device_eval_batch_size=size,
+        gradient_accumulation_steps=parts,
+        gradient_checkpointing=False,  # TRL turns it on: less memory, a third more time
+        bf16=args.dtype == "bf16",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        seed=args.seed,
+        max_length=None,  # TRL's 1,024 would cut the end of a row, which is the answer
+        dataset_kwargs={"skip_prepare_dataset": True},
+        eval_strategy="epoch",
+        eval_on_start=not checkpoint,
+        save_strategy="epoch",
+        save_total_limit=1,  # the best one stays beside the last
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=metric == "eval_score",
+        logging_steps=min(10, max(1, steps // 100)),
+        disable_tqdm=not is_main(),
+        report_to="tensorboard",
+    )
+
+
+def build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out):
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    trainer = type("Trainer", (Scoring, SFTTrainer), {})(
+        model=model,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(sorted(held_out_rows, key=len_ids)),
+    )
+    trainer.order = EpochOrder(trainer, [len_ids(row) for row in rows], args.batch_size, args.seed)
+    trainer.patience = args.patience
+    trainer.questions = held_out[: args.eval_questions]
+    trainer.card = lambda: model_card(args, trainer)
+    return trainer
+
+
+@dataclass
+class EpochOrder:
+    """A sampler that asks `epoch_order` for the epoch the trainer is in."""
+
+    trainer: object
+    lengths: list
+    batch_size: int
+    seed: int
+
+    def __len__(self):
+        return len(self.lengths) - len(self.lengths) % self.batch_size
+
+    def __iter__(self):
+        epoch = self.trainer.state.global_step * self.batch_size // len(self)
+        return iter(epoch_order(self.lengths, self.batch_size, self.seed, epoch))
+
+
+class Scoring:
+    """What is ours in the trainer. Mixed into SFTTrainer where it is built, for its import takes seconds."""
+
+    stop_signal = None
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole batch
+
+    def _send_telemetry(self):
+        """TRL would report the run to its makers."""
+
+    def _get_train_sampler(self, dataset=None):
+        return self.order
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over all trained tokens of the batch, its parts and processes together.
+
+        Processes average their gradients, so each counts its sum as often as there are processes.
+        """
+        return self.summed_loss(model, inputs) * (self.accelerator.num_processes / num_items_in_batch)
+
+    def summed_loss(self, model, inputs):
+        """Cross-entropy summed over the completions' tokens.
+
+        No attention mask: padding stands right of every real token, where causal attention never
+        looks, and without a mask half of the attention need not be computed. TRL's fused head saves
+        memory on a GPU; on a CPU it computes all logits twice, prompts included, where those from the
+        first completion on are enough.
+        """
+        from torch.nn.functional import cross_entropy
+
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        if labels.is_cuda:
+            return -model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum()
+        first = int((labels != IGNORED).any(dim=0).nonzero()[0])
+        kept = labels.shape[1] - first + 1
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+        return cross_entropy(logits.flatten(0, 1).float(), labels[:, first:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """eval_loss over the tokens of all held-out rows, eval_score over the questions, shared out by process.
+
+        What this returns reaches the logs, the choice of the best checkpoint and patience alike.
+        """
+        import torch
+        from transformers.trainer_utils import EvalLoopOutput
+
+        self.model.eval()
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        sums = torch.tensor([*self.sum_losses(rank, ranks), *self.count_right(rank, ranks)], dtype=torch.float64)
+        loss, tokens, right, asked = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / tokens}
+        line = f"step {self.state.global_step}: eval_loss {loss / tokens:.4f}"
+        if asked:
+            share = right / asked
+            stderr = 100 * math.sqrt(share * (1 - share) / asked)
+            metrics |= {f"{metric_key_prefix}_score": 100 * share, f"{metric_key_prefix}_score_stderr": stderr}
+            line += f", eval_score {100 * share:.1f} % (standard error {stderr:.1f}, {right:.0f} of {asked:.0f})"
+        if is_main():
+            from tqdm import tqdm
+
+            tqdm.write(line)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+
+    def sum_losses(self, rank, ranks):
+        """(summed loss, trained tokens) of this process's share of the held-out rows."""
+        import torch
+
+        rows, size = self.eval_dataset[rank::ranks], self.args.per_device_eval_batch_size
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        loss = tokens = 0.0
+        with torch.no_grad(), self.accelerator.autocast():
+            for start in range(0, len(rows), size):
+                inputs = self._prepare_inputs(self.data_collator(rows[start : start + size]))
+                loss += self.summed_loss(self.model, inputs).item()
+                tokens += (inputs["labels"] != IGNORED).sum().item()
+        return loss, tokens
+
+    def count_right(self, rank, ranks):
+        """(right answers, questions asked) of this process's share, greedy, asked and read as inference.py does."""
+        from tqdm import tqdm
+
+        questions = self.questions[rank::ranks]
+        if not questions:
+            return 0, 0
+        tokenizer, model = self.processing_class, self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        prompts = tokenizer([chatml_think_prefill(item.question) for item in questions], add_special_tokens=False)["input_ids"]
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        requests = [
+            Request(i, 0, prompt, min(EVAL_MAX_NEW_TOKENS, room - len(prompt)))
+            for i, prompt in enumerate(prompts)
+            if len(prompt) < room
+        ]
+        # One autocast around all steps: it then casts every weight once, not once a token.
+        with self.accelerator.autocast():
+            done = generate(model, tokenizer, requests, Decoding(), note=lambda line: None)
+            bar = tqdm(done, total=len(requests), desc="eval_score", unit="question", leave=False, disable=not is_main())
+            right = sum(score_final(item.text, questions[item.id].answer, True) == "right" for item in bar)
+        return right, len(questions)
+
+    def _determine_best_metric(self, metrics, trial):
+        """Of equal scores the lower loss is the better checkpoint; patience asks for a better score."""
+        history = [row for row in self.state.log_history if "eval_loss" in row and row["step"]]
+        name = self.args.metric_for_best_model
+        sign = 1 if self.args.greater_is_better else -1
+        scores = [sign * row[name] for row in history]
+        if self.patience and len(scores) - 1 - scores.index(max(scores)) >= self.patience:
+            note(f"no better {name} in {self.patience} evaluations: stopping")
+            self.control.should_training_stop = True
+        best = [row["eval_loss"] for row in history if row["step"] == self.state.best_global_step]
+        if metrics[name] == self.state.best_metric and metrics["eval_loss"] < best[0]:
+            self.state.best_metric = None  # makes way for its equal
+        return super()._determine_best_metric(metrics, trial)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """After each step, and each epoch. A signal that arrived meanwhile saves and stops."""
+        if self.stop_asked():
+            self.control.should_save = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.stop_asked():
+            note(f"stopped after step {self.state.global_step} and saved; the same command with --resume goes on")
+            raise KeyboardInterrupt
+
+    def stop_asked(self):
+        """Whether a signal reached any process: all must stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_signal is not None
+        import torch
+
+        flag = torch.tensor(int(self.stop_signal is not None), device=self.args.device)
+        return bool(self.accelerator.reduce(flag).item())
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Without training_args.bin: it is a pickle, and loading one can run code."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(self, *args, **kwargs):
+        """Ours in place of TRL's, which knows no scores."""
+        if is_main():
+            write_atomically(Path(self.args.output_dir, "README.md"), self.card())
+
+
+def train(trainer, checkpoint):
+    """Train to the end, or on from a checkpoint; afterwards the trainer holds the best model."""
+    from transformers import TrainerState
+
+    if checkpoint:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps or state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            trainer.state = state  # killed after its last step
+            return trainer._load_best_model()
+    with stopping_on_signals(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+@contextlib.contextmanager
+def stopping_on_signals(trainer):
+    """SIGINT and SIGTERM are noted and heeded after the step; a second one acts at once."""
+
+    def ask(number, _):
+        trainer.stop_signal = number
+        note("stopping after this step or evaluation; once more stops at once, back to the last checkpoint")
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()
+
+
+# ------------------------------------------------------------------------------------------
+# What is left behind
+# ------------------------------------------------------------------------------------------
+
+
+def finish(args, trainer, record):
+    """The model with its tokenizer, the trainer's state, curves, card and record; then no more checkpoints."""
+    if getattr(args, "merge", False):
+        trainer.model = trainer.model.float().merge_and_unload()
+    trainer.save_model()
+    trainer.save_state()
+    if not is_main():
+        return
+    trainer.create_model_card()
+    draw_curves(trainer.state.log_history, args.output_dir / "training.png")
+    record["result"] = evaluations(trainer)[trainer.state.best_global_step]
+    write_record(args, record)
+    for checkpoint in checkpoints(args.output_dir):
+        shutil.rmtree(checkpoint)
+    note(f"{args.output_dir}: finished; try it with python inference.py --model-id {args.output_dir} --mode chatml_think_prefill")
+    if args.push_to_hub:
+        call_hub("upload_folder", args.push_to_hub, repo_id=args.push_to_hub, folder_path=args.output_dir)
+
+
+def call_hub(method, name, **arguments):
+    """One call of the hub's own client; its refusals become one line."""
+    from huggingface_hub import HfApi
+
+    if not is_main():
+        return
+    try:
+        getattr(HfApi(), method)(**arguments)
+    except Exception as error:  # hub, network and permission errors share no base class
+        raise UserError(f"--push-to-hub {name}: {first_line(error)}") from error
+
+
+def evaluations(trainer):
+    """The evaluations by step."""
+    return {row["step"]: row for row in trainer.state.log_history if "eval_loss" in row}
+
+
+def model_card(args, trainer):
+    best = trainer.state.best_global_step
+    rows = []
+    for step, row in evaluations(trainer).items():
+        score = f"{row['eval_score']:.1f} ± {row['eval_score_stderr']:.1f}" if "eval_score" in row else "-"
+        rows.append(f"| {step} | {row['epoch']:.2f} | {row['eval_loss']:.4f} | {score} |{' kept' if step == best else ''}")
+    method = f"LoRA of rank {args.rank}" if hasattr(args, "rank") else "all weights"
+    on_hub = not Path(args.model_id).exists()
+    return "\n".join(
+        [
+            "---",
+            *([f"base_model: {args.model_id}"] if on_hub else []),
+            *([f"datasets: [{args.dataset}]"] if not Path(args.dataset).exists() else []),
+            "library_name: transformers",
+            "---",
+            "",
+            f"# {args.model_id} fine-tuned on {args.dataset}",
+            "",
+            f"Fine-tuned ({method}) for at most {args.epochs} epochs: learning rate {args.learning_rate:g}, {args.lr_scheduler},",
+            f"batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.questions)} questions held out",
+            "of the train split, in percent with their standard error; the test split was not read.",
+            "",
+            "| step | epoch | eval_loss | eval_score | |",
+            "| ---: | ---: | ---: | ---: | --- |",
+            *rows,
+            "",
+            "It was trained to go on from this prompt:",
+            "",
+            "```",
+            chatml_think_prefill("QUESTION"),
+            "```",
+            "",
+        ]
+    )
+
+
+def draw_curves(history, path):
+    """A PNG with the loss, trained and held out, over the steps, and eval_score below it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    scored = [row for row in history if "eval_score" in row]
+    figure, axes = pyplot.subplots(1 + bool(scored), 1, sharex=True, figsize=(8, 6), layout="constrained", squeeze=False)
+    for name, label in (("loss", "training loss"), ("eval_loss", "eval_loss")):
+        rows = [row for row in history if name in row]
+        axes[0, 0].plot([row["step"] for row in rows], [row[name] for row in rows], "o-"[name == "loss" :], label=label)
+    axes[0, 0].set_ylabel("loss a token")
+    axes[0, 0].legend()
+    if scored:
+        axes[1, 0].errorbar(
+            [row["step"] for row in scored],
+            [row["eval_score"] for row in scored],
+            [row["eval_score_stderr"] for row in scored],
+            fmt="o-",
+            capsize=3,
+        )
+        axes[1, 0].set_ylabel("eval_score, % ± standard error")
+    axes[-1, 0].set_xlabel("step")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
