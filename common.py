@@ -53,8 +53,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(argv)
 
 
-def at_least(least):
-    """An argparse type: a whole number, `least` or more."""
+def at_least(least, most=2**31 - 1):
+    """An argparse type: a whole number, `least` or more, and within what arrays and seeds take."""
 
     def integer(text):
         try:
@@ -63,6 +63,8 @@ def at_least(least):
             raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
         if number < least:
             raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return number
 
     return integer
@@ -517,8 +519,6 @@ class Decoding:
             raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1 (1 filters nothing)")
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k}: must be 0 (filters nothing) or more")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed {self.seed}: must be 0 or more and fit 63 bits")
 
 
 @dataclass(frozen=True)
@@ -1436,8 +1436,6 @@ class RunOutput:
         """The segments of the run record on disk, which must decide as the new one does."""
         if self.record_path.exists():
             old = read_json(self.record_path)
-            if not is_run_record(old):
-                raise UserError(f"{self.record_path}: is no run record; pass --overwrite or another --output")
             compare_records(self.record_path, old, new)
             note_changes(old["segments"][-1], new["segments"][-1])
             return old["segments"]
@@ -1530,6 +1528,8 @@ class RunOutput:
 
 def compare_records(path, old, new, way_out="pass --overwrite to drop it, or another --output"):
     """UserError where two runs of one output would mix: it names the field, both values and the way out."""
+    if not is_run_record(old):
+        raise UserError(f"{path}: is no run record; {way_out}")
     before, now = old["decides"], new["decides"]
     for key in [*now, *(before.keys() - now.keys())]:
         if before.get(key) != now.get(key):
@@ -1548,10 +1548,10 @@ def is_run_record(value):
 
 def note_changes(old, new):
     """Note what describes the run and is no longer so: it decides nothing, up to rounding."""
-    changed = [f"{key} {shorten(new[key])}, was {shorten(old.get(key))}" for key in new if new[key] != old.get(key)]
-    changed = [change for change in changed if not change.startswith("started")]
+    changed = [key for key in new if key != "started" and new[key] != old.get(key)]
     if changed:
-        log("note: other than before: " + "; ".join(changed))
+        values = (f"{key} {shorten(new[key])}, was {shorten(old.get(key))}" for key in changed)
+        log("note: other than before: " + "; ".join(values))
 
 
 def shorten(value, most=80):

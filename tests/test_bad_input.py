@@ -126,7 +126,7 @@ FLAGS = {
     "samples where greedy": (lambda: infer("--num-samples", "3"), "--num-samples", "--do-sample"),
     "samples beyond memory": (lambda: infer("--do-sample", "--num-samples", "9" * 12), "--num-samples"),
     "seed below zero": (lambda: infer("--seed", "-1"), "--seed"),
-    "seed beyond 63 bits": (lambda: infer("--do-sample", "--seed", "9" * 25), "--seed"),
+    "seed beyond 31 bits": (lambda: infer("--do-sample", "--seed", "9" * 25), "--seed"),
     "dtype unknown": (lambda: infer("--dtype", "fp64"), "--dtype", "fp64"),
     "device unknown": (lambda: infer("--device", "tpux"), "--device", "tpux"),
     "device without memory": (lambda: infer("--device", "meta"), "--device", "meta"),
@@ -141,7 +141,7 @@ FLAGS = {
     "run record damaged": (
         lambda: (write("a.run.json", "{"), infer())[1], "a.run.json", "not JSON"),
     "run record of another shape": (
-        lambda: (write("a.run.json", '{"decides": 1}'), infer())[1], "a.run.json", "--overwrite"),
+        lambda: (write("a.run.json", '{"decides": 1, "segments": [{}]}'), infer())[1], "a.run.json", "--overwrite"),
     "benchmark without files": (lambda: score(), "FILE"),
     "benchmark flag unknown": (lambda: score("--nonsense", "x"), "--nonsense"),
     "benchmark thinking unknown": (lambda: score("x", "--thinking", "maybe"), "--thinking", "maybe"),

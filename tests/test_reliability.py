@@ -290,6 +290,7 @@ def write_report():
             reports.append(report)
 
     files = [here / f"test_{name}.py" for name in ("reliability", "bad_input", "hostile")]
+    files.append(here / "test_training.py::test_bad_input_is_one_line_and_exit_code_2")
     plugin = types.SimpleNamespace(pytest_runtest_logreport=keep)
     begun = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):
@@ -302,7 +303,7 @@ def write_report():
     print("| inputs tried | ended as they must |\n| --- | ---: |")
     for name, words in (("bad_input", "bad inputs: exit code 2, one line that names the thing"),
                         ("hostile", "hostile inputs: no code run, no file written elsewhere, no terminal steered")):  # fmt: skip
-        outcomes = [r.outcome for r in reports if f"test_{name}.py" in r.nodeid]
+        outcomes = [r.outcome for r in reports if f"test_{name}" in r.nodeid]
         print(f"| {words} | {outcomes.count('passed')} of {len(outcomes)} |")
     print("\n| fault | outcome | figures |\n| --- | --- | --- |")
     for r in reports:
