@@ -9,7 +9,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = --model-id demo/model --dataset demo/problems
 
-.PHONY: help install demo demo-train demo-model test bench record-demo
+.PHONY: help install demo demo-train demo-model test bench record-demo record-demo-train
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -35,6 +35,7 @@ demo: .venv/installed
 SWEEP = $(addprefix sweep/full/,1e-6 1e-3 3e-3 1e-2) \
         $(foreach rank,4 32,$(addprefix sweep/lora-r$(rank)/,1e-6 3e-3 1e-2 3e-2))
 COMPARED = base $(foreach method,full lora-r4 lora-r32,$(method)/1e-6 $(method)/best)
+TRIED = $(foreach run,$(COMPARED),outputs/demo-train/test/$(subst /,_,$(run)).jsonl)
 TRAIN = $(DEMO) --max-steps 100 --eval-questions 300 --resume
 QUIETLY = >outputs/demo-train/$(subst /,-,$@).log 2>&1 || { cat outputs/demo-train/$(subst /,-,$@).log; exit 1; }
 demo-train: export OMP_NUM_THREADS = 1
@@ -43,7 +44,7 @@ demo-train: .venv/installed
 	$(MAKE) --no-print-directory -j2 $(SWEEP)
 	$(PY) -m demo.sweep outputs/demo-train
 	$(MAKE) --no-print-directory -j2 $(addprefix try/,$(COMPARED))
-	$(PY) benchmark.py $(foreach run,$(COMPARED),outputs/demo-train/test/$(subst /,_,$(run)).jsonl) --compare
+	$(PY) benchmark.py $(TRIED) --compare
 sweep/full/%:
 	$(PY) train.py $(TRAIN) --learning-rate $* --output-dir outputs/demo-train/full/$* $(QUIETLY)
 sweep/lora-r4/%:
@@ -71,3 +72,6 @@ bench: .venv/installed-tests
 record-demo: demo
 	mkdir -p results/demo
 	cp outputs/demo/*.jsonl outputs/demo/*.run.json outputs/demo/modes.png results/demo/
+record-demo-train: demo-train
+	$(PY) -m demo.sweep outputs/demo-train >results/demo/training.txt
+	$(PY) benchmark.py $(TRIED) --compare >>results/demo/training.txt

@@ -110,13 +110,13 @@ def build_parser(description, learning_rate, rate_source):
         help="examples a step, over all processes and accumulated parts (default %(default)s: QLoRA's)")  # fmt: skip
     add("--gradient-accumulation", type=at_least(1), default=1,
         help="parts that a process cuts its share of the batch into (default 1, more where memory is short)")  # fmt: skip
-    add("--dtype", choices=("fp32", "bf16"), help="precision of the computation (default bf16 on CUDA that has it, else fp32)")
+    add("--dtype", choices=("fp32", "bf16"), help="precision of compute (default bf16 on CUDA that has it, else fp32)")
     add("--seed", type=at_least(0), default=42, help="of split, order and adapters (default %(default)s: transformers')")
     add("--eval-size", type=at_least(1), default=500, help="train questions to hold out (default %(default)s)")
     add("--eval-questions", type=at_least(0), default=500,
         help="held-out questions to answer after every epoch; their eval_score picks the checkpoint, with 0 "
         "eval_loss does (default %(default)s: a standard error of 2.2 points)")  # fmt: skip
-    add("--patience", type=at_least(1), help="stop after so many evaluations in a row without a new best (default never)")
+    add("--patience", type=at_least(1), help="stop after so many evaluations without a new best (default never)")
     add("--strip-annotations", action="store_true", help="train on answers without GSM8K's <<48/2=24>>")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir, if there is one")
     add("--push-to-hub", metavar="REPO_ID", help="upload the finished folder to the hub")
@@ -194,7 +194,7 @@ def split_questions(args, questions):
         except UserError as error:
             raise UserError(f"{args.dataset}, train question {question.id}: {error}") from error
     if args.eval_size >= len(questions):
-        raise UserError(f"--eval-size {args.eval_size}: the train split of {args.dataset} has {len(questions)} questions")
+        raise UserError(f"--eval-size {args.eval_size}: {args.dataset} has {len(questions)} train questions")
     order = random.Random(args.seed).sample(questions, len(questions))
     held_out, training = order[: args.eval_size], order[args.eval_size :]
     held_texts = {question.question for question in held_out}
@@ -224,7 +224,7 @@ def encode_rows(name, pairs, tokenizer, positions):
     the answer, and what would be other tokens as one text, for inference would never see those.
     """
     if "<|im_end|>" not in tokenizer.get_vocab():
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no <|im_end|>; training writes ChatML, which ends with it")
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no <|im_end|>, which ends every ChatML answer")
     prompts, completions = zip(*pairs, strict=True)
     texts = list(prompts), list(completions), [prompt + completion for prompt, completion in pairs]
     encoded = [tokenizer(batch, add_special_tokens=False)["input_ids"] for batch in texts]
@@ -236,7 +236,8 @@ def encode_rows(name, pairs, tokenizer, positions):
             too_long += 1
         else:
             rows.append({"input_ids": whole, "labels": [IGNORED] * len(prompt) + completion})
-    for count, reason in ((too_long, f"longer than the model's {positions} positions"), (merged, "prompt and completion merge")):
+    reasons = {f"longer than the model's {positions} positions": too_long, "prompt and completion merge": merged}
+    for reason, count in reasons.items():
         if count:
             note(f"{count} of {len(pairs)} {name} examples dropped: {reason}")
     if not rows:
@@ -327,11 +328,11 @@ def claim_folder(args, record):
         held = sorted(entry.name for entry in folder.iterdir())
         if path.exists():
             if not args.resume:
-                raise UserError(f"--output-dir {folder}: holds another run; pass --resume to go on with it, or another folder")
+                raise UserError(f"--output-dir {folder}: holds another run; pass --resume or another folder")
             old = read_json(path)
             compare_records(path, old, record, "pass the same flags, or another --output-dir")
             if old["result"]:
-                note(f"{folder}: finished already; try it with python inference.py --model-id {folder}")
+                note(f"{folder}: finished already")
                 return False
             record["segments"] = old["segments"] + record["segments"]
         elif held:
@@ -375,11 +376,13 @@ def load_full_model(args, files, device):
 def own_device():
     import torch
 
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def fit_into_memory(args, model, device, rows):
-    """Into how many parts a process must cut its share of a batch, by estimate. UserError where one row is too much."""
+    """How many parts a process must cut its share of a batch into, by estimate; UserError where no cut is enough."""
     free = free_memory(device)
     state = 12 * trainable(model)  # gradient and AdamW's two moments, in fp32; the weight, 4 more, is loaded already
     element = 2 if args.dtype == "bf16" else 4
@@ -541,7 +544,8 @@ class Scoring:
         first = int((labels != IGNORED).any(dim=0).nonzero()[0])
         kept = labels.shape[1] - first + 1
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[:, :-1]
-        return cross_entropy(logits.flatten(0, 1).float(), labels[:, first:].flatten(), ignore_index=IGNORED, reduction="sum")
+        logits, labels = logits.flatten(0, 1).float(), labels[:, first:].flatten()
+        return cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """eval_loss over the tokens of all held-out rows, eval_score over the questions, shared out by process.
@@ -591,7 +595,8 @@ class Scoring:
             return 0, 0
         tokenizer, model = self.processing_class, self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        prompts = tokenizer([chatml_think_prefill(item.question) for item in questions], add_special_tokens=False)["input_ids"]
+        prompts = [chatml_think_prefill(item.question) for item in questions]
+        prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         requests = [
             Request(i, 0, prompt, min(EVAL_MAX_NEW_TOKENS, room - len(prompt)))
@@ -601,7 +606,7 @@ class Scoring:
         # One autocast around all steps: it then casts every weight once, not once a token.
         with self.accelerator.autocast():
             done = generate(model, tokenizer, requests, Decoding(), note=lambda line: None)
-            bar = tqdm(done, total=len(requests), desc="eval_score", unit="question", leave=False, disable=not is_main())
+            bar = tqdm(done, "eval_score", len(requests), unit="question", leave=False, disable=not is_main())
             right = sum(score_final(item.text, questions[item.id].answer, True) == "right" for item in bar)
         return right, len(questions)
 
@@ -657,7 +662,8 @@ def train(trainer, checkpoint):
 
     if checkpoint:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= state.max_steps or state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+        control = state.stateful_callbacks["TrainerControl"]["args"]
+        if state.global_step >= state.max_steps or control["should_training_stop"]:
             trainer.state = state  # killed after its last step
             return trainer._load_best_model()
     with stopping_on_signals(trainer):
@@ -703,7 +709,7 @@ def finish(args, trainer, record):
     write_record(args, record)
     for checkpoint in checkpoints(args.output_dir):
         shutil.rmtree(checkpoint)
-    note(f"{args.output_dir}: finished; try it with python inference.py --model-id {args.output_dir} --mode chatml_think_prefill")
+    note(f"{args.output_dir}: finished; python inference.py --mode chatml_think_prefill --model-id {args.output_dir}")
     if args.push_to_hub:
         call_hub("upload_folder", args.push_to_hub, repo_id=args.push_to_hub, folder_path=args.output_dir)
 
@@ -730,7 +736,8 @@ def model_card(args, trainer):
     rows = []
     for step, row in evaluations(trainer).items():
         score = f"{row['eval_score']:.1f} ± {row['eval_score_stderr']:.1f}" if "eval_score" in row else "-"
-        rows.append(f"| {step} | {row['epoch']:.2f} | {row['eval_loss']:.4f} | {score} |{' kept' if step == best else ''}")
+        kept = "kept" if step == best else ""
+        rows.append(f"| {step} | {row['epoch']:.2f} | {row['eval_loss']:.4f} | {score} | {kept} |")
     method = f"LoRA of rank {args.rank}" if hasattr(args, "rank") else "all weights"
     on_hub = not Path(args.model_id).exists()
     return "\n".join(
@@ -743,9 +750,9 @@ def model_card(args, trainer):
             "",
             f"# {args.model_id} fine-tuned on {args.dataset}",
             "",
-            f"Fine-tuned ({method}) for at most {args.epochs} epochs: learning rate {args.learning_rate:g}, {args.lr_scheduler},",
-            f"batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.questions)} questions held out",
-            "of the train split, in percent with their standard error; the test split was not read.",
+            f"Fine-tuned ({method}): {args.epochs} epochs at most, learning rate {args.learning_rate:g}, {args.lr_scheduler},",
+            f"batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.questions)} questions",
+            "held out of the train split, in percent with their standard error; the test split was not read.",
             "",
             "| step | epoch | eval_loss | eval_score | |",
             "| ---: | ---: | ---: | ---: | --- |",
@@ -769,10 +776,12 @@ def draw_curves(history, path):
     from matplotlib import pyplot
 
     scored = [row for row in history if "eval_score" in row]
-    figure, axes = pyplot.subplots(1 + bool(scored), 1, sharex=True, figsize=(8, 6), layout="constrained", squeeze=False)
+    plots = 1 + bool(scored)
+    figure, axes = pyplot.subplots(plots, sharex=True, figsize=(8, 6), layout="constrained", squeeze=False)
     for name, label in (("loss", "training loss"), ("eval_loss", "eval_loss")):
         rows = [row for row in history if name in row]
-        axes[0, 0].plot([row["step"] for row in rows], [row[name] for row in rows], "o-"[name == "loss" :], label=label)
+        marked = "-" if name == "loss" else "o-"
+        axes[0, 0].plot([row["step"] for row in rows], [row[name] for row in rows], marked, label=label)
     axes[0, 0].set_ylabel("loss a token")
     axes[0, 0].legend()
     if scored:

@@ -73,7 +73,8 @@ def choose_modules(names, model):
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
         if name not in there:
-            raise UserError(f"--target-modules {names}: the model has no linear layer {name!r}; it has {', '.join(sorted(there))}")
+            has = ", ".join(sorted(there))
+            raise UserError(f"--target-modules {names}: the model has no linear layer {name!r}; it has {has}")
     return chosen
 
 

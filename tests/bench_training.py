@@ -164,8 +164,8 @@ def build(way, model, tokenizer, rows, held_out_rows, rate, seed):
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
     from trl import SFTTrainer
 
-    flags = ["--output-dir", tempfile.mkdtemp(), "--learning-rate", rate, "--batch-size", BATCH, "--epochs", 1, "--seed", seed]
-    args = train.build_parser("", rate, "").parse_args([str(flag) for flag in [*flags, "--eval-questions", 0]])
+    flags = {"output-dir": tempfile.mkdtemp(), "batch-size": BATCH, "epochs": 1, "seed": seed, "eval-questions": 0}
+    args = train.build_parser("", rate, "").parse_args([f"--{flag}={value}" for flag, value in flags.items()])
     args.dtype = "bf16" if model.device.type == "cuda" else "fp32"
     config = train.build_config(args, 1, len(rows))
     config.eval_strategy = IntervalStrategy.NO
@@ -215,11 +215,12 @@ def report(measured):
 
 def table(runs):
     first = runs[0]
+    per_example = first["tokens"] / first["examples"]
     lines = [
         "",
         f"## {TITLES[first['case']]}{', LoRA' if first['method'] == 'lora' else ''}",
         "",
-        f"{first['parameters']:,} parameters, {first['examples']:,} examples of {first['tokens'] / first['examples']:.0f} tokens,",
+        f"{first['parameters']:,} parameters, {first['examples']:,} examples of {per_example:.0f} tokens,",
         f"on {first['device']} with {first['threads']} thread(s), torch {torch.__version__}.",
         "",
         "| way | seeds | seconds | examples/s | tokens/s | times plain | held-out loss | against plain |"
@@ -245,7 +246,8 @@ def average(runs, way):
     """The means of a way's figures over its seeds."""
     chosen = [run for run in runs if run["way"] == way]
     figures = [key for key, value in chosen[0].items() if isinstance(value, float | int) and key != "seed"]
-    return {key: statistics.mean(run[key] for run in chosen) for key in figures} | {"seeds": {run["seed"] for run in chosen}}
+    means = {key: statistics.mean(run[key] for run in chosen) for key in figures}
+    return means | {"seeds": {run["seed"] for run in chosen}}
 
 
 if __name__ == "__main__":

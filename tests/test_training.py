@@ -106,7 +106,7 @@ def test_completion_is_the_reasoning_and_the_final_line():
 
 def test_rows_that_do_not_fit_or_would_tokenize_otherwise_are_dropped_and_counted(capsys):
     tokenizer = load_tokenizer(find_model(MODEL))
-    pairs = [("<|im_start|>user\n", "4 apples<|im_end|>"), ("Yes\n", "\nNo<|im_end|>"), ("a", "b" * 400 + "<|im_end|>")]
+    pairs = [("<|im_start|>user\n", "4 apples<|im_end|>"), ("Yes\n", "\nNo<|im_end|>"), ("Why?\n", "4 " * 200 + "<|im_end|>")]
     assert len(train.encode_rows("training", pairs, tokenizer, 200)) == 1
     printed = capsys.readouterr().out
     assert "1 of 3 training examples dropped: longer than the model's 200 positions" in printed
@@ -159,7 +159,7 @@ def test_loss_is_the_mean_over_trained_tokens_however_the_batch_is_cut(trained, 
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     command = [*launch, str(ROOT / "train.py"), *flags(dataset, tmp_path / "processes")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     for folder in (tmp_path / "parts", tmp_path / "processes"):
         for key in ("loss", "eval_loss"):
@@ -244,7 +244,7 @@ train.main({flags!r})
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(trained, dataset, tmp_path, capsys):
     script = KILLED.format(root=str(ROOT), flags=flags(dataset, tmp_path / "run"))
-    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=400)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "run/checkpoint-4").is_dir() and not (tmp_path / "run/model.safetensors").exists()
     torn = tmp_path / "run/checkpoint-6"  # a checkpoint that was being written when the kill came
@@ -418,7 +418,7 @@ BAD_INPUTS = [  # script, what spoils the data set, more flags, what the line na
     (train, empty, (), "train.jsonl: holds no questions"),
     (train, no_gold, (), "train question 80: ground_truth_answer does not end in '#### <number>'"),
     (train, few, (), "--batch-size 12: more than the 5 examples"),
-    (train, None, ("--eval-size", 88), "--eval-size 88: the train split of"),
+    (train, None, ("--eval-size", 88), "has 88 train questions"),
     (train, None, ("--eval-questions", 41), "--eval-questions 41: only --eval-size 40"),
     (train, None, ("--gradient-accumulation", 5), "--batch-size 12: cannot be cut into 5 equal parts"),
     (train, None, ("--learning-rate", "0"), "--learning-rate: must be above 0"),
