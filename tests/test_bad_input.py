@@ -299,7 +299,7 @@ def test_bad_input_ends_in_one_line_that_names_it(case, capfd):
 def test_bad_input_ends_a_process_in_one_line(case):
     main, arguments = CASES[case][0]()
     command = [sys.executable, ROOT / f"{main.__module__}.py", *arguments]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
     assert_one_line(case, result.returncode, result.stderr)
 
 

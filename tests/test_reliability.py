@@ -62,7 +62,7 @@ def part(output):
 
 
 def wait_for_answers(output, count):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # of a machine that others use too
     while part(output).count(b"\n") < count:
         assert time.monotonic() < deadline, "the process writes no answers"
         time.sleep(0.005)
@@ -151,7 +151,7 @@ def test_a_stop_says_how_many_are_done_and_how_to_go_on(tmp_path, capsys, record
         wait_for_answers(output, before + 3)
         assert "another process is writing it" in refused(capsys, output, *flags)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == code and err.splitlines()[-1] == word and "Traceback" not in err
         done = part(output).count(b"\n")
         assert out.splitlines()[-1] == f"{output}: stopped, {done} answers are on disk; the same command goes on from there"
@@ -164,8 +164,10 @@ def full_disk(monkeypatch, folder):
     """No file may grow beyond 8,000 bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
-    yield "make room there, then start the same command again"
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield "make room there, then start the same command again"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextlib.contextmanager
@@ -264,7 +266,7 @@ def test_an_output_folder_removed_while_running_comes_back_with_its_answers(tmp_
 def test_a_full_disk_under_the_notes_ends_a_process_in_one_line(tmp_path):
     with open("/dev/full", "w") as full:
         process = start(tmp_path / "a.jsonl", "--limit", 2, stdout=full, stderr=subprocess.PIPE, text=True)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=600)
     assert (process.returncode, err) == (2, "inference.py: error: [Errno 28] No space left on device\n")
 
 
