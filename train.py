@@ -30,6 +30,7 @@ from common import (
     ArgumentParser,
     Decoding,
     Request,
+    Terminated,
     UserError,
     at_least,
     chatml_think_prefill,
@@ -634,7 +635,7 @@ class Scoring:
         super()._save_checkpoint(model, trial)
         if self.stop_asked():
             note(f"stopped after step {self.state.global_step} and saved; the same command with --resume goes on")
-            raise KeyboardInterrupt
+            raise Terminated if self.stop_signal == signal.SIGTERM else KeyboardInterrupt
 
     def stop_asked(self):
         """Whether a signal reached any process: all must stop at the same step."""
