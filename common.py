@@ -642,13 +642,14 @@ class RollingBatch:
         longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         self.columns = longest - self.prefix + longest // 8 + SPARE_COLUMNS
         self.slots = self.choose_slots(batch_size)
-        self.allocate()
 
     def run(self):
         """Yield the rows that end, until none is left."""
         while self.rows or self.waiting:
             free = self.slots - len(self.rows)
             try:
+                if not self.cache.buffers:
+                    self.allocate()
                 if self.waiting and (not self.rows or free >= min(len(self.waiting), self.slots // 8 + 1)):
                     ended = self.admit(free)
                 else:
@@ -798,9 +799,8 @@ class RollingBatch:
     def restart_with_half(self):
         """Out of memory: half the slots. Live rows wait again and keep their tokens."""
         self.waiting += self.rows
-        self.rows = []
+        self.rows, self.cache.buffers = [], {}
         self.slots //= 2
-        self.allocate()
         self.note(f"out of memory: going on with batch size {self.slots}, nothing lost")
 
 

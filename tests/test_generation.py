@@ -209,6 +209,21 @@ def test_out_of_memory_injected_halves_the_batch_and_loses_nothing(tokenizer, mo
     assert [note for note in notes if "batch size 8" in note or "batch size 4" in note or "batch size 2" in note]
 
 
+def test_a_batch_too_large_for_memory_is_halved_before_it_starts(tokenizer, monkeypatch):
+    model, requests, notes = random_model(), random_requests(9), []
+    expected, allocate = tokens_of(model, tokenizer, requests), common.RollingCache.allocate
+
+    def injected(self, slots, columns):
+        if slots > 2:
+            raise RuntimeError("injected by the test: can't allocate memory")
+        allocate(self, slots, columns)
+
+    monkeypatch.setattr(common.RollingCache, "allocate", injected)
+    done = {(c.id, c.sample): c.token_ids for c in generate(model, tokenizer, requests, batch_size=9, note=notes.append)}
+    assert done == expected
+    assert [note for note in notes if "batch size 2" in note]
+
+
 def test_nan_logits_name_the_question(tokenizer):
     model = random_model()
     model.lm_head.weight.data[3] = float("nan")
