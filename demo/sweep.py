@@ -20,7 +20,7 @@ PUBLISHED_RATE = "1e-6"
 def main(argv=None):
     (folder,) = map(Path, argv or sys.argv[1:])
     print(f"{'method':<12}{'learning rate':>14}{'eval_score':>20}{'eval_loss':>12}")
-    for method in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for method in sorted(path for path in folder.iterdir() if path.is_dir() and rates(path)):
         results = {rate: read_result(method / rate) for rate in sorted(rates(method), key=float)}
         own = {rate: result for rate, result in results.items() if rate != PUBLISHED_RATE}
         best = max(own, key=lambda rate: (own[rate]["eval_score"], -own[rate]["eval_loss"]))
