@@ -23,7 +23,7 @@ import re
 import sys
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
 from math import comb, sqrt
 from pathlib import Path
@@ -56,21 +56,22 @@ Z95 = NormalDist().inv_cdf(0.975)
 @command_line
 def main(argv=None):
     options = parse(argv)
-    runs = name_runs([score_run(path, options) for path in options.files])
+    files = name_runs([score_run(path, options) for path in options.files])
+    runs = pool_seeds(files) if options.pool_seeds else files
     published = load_published(runs) if options.published else {}
     comparisons = compare_runs(runs) if options.compare else []
     if options.json:
         print(json.dumps([summary(run, published, comparisons) for run in runs], indent=2))
     else:
-        report(runs, published, comparisons, markdown=options.markdown)
-    for run in runs if options.wrong else ():
+        report(runs, published, comparisons, options)
+    for run in files if options.wrong else ():
         print_wrong(run, options)
     if options.plot:
         plot(runs, published, options.plot)
     if options.html:
-        write_page(runs, published, comparisons, options)
+        write_page(files, published, comparisons, options)
     if options.keep_correct:
-        keep_correct(runs, options)
+        keep_correct(files, options)
 
 
 def parse(argv):
@@ -81,6 +82,12 @@ def parse(argv):
     output.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--compare", action="store_true", help="test every two files as pairs over their questions")
     parser.add_argument("--published", action="store_true", help="set known rows beside their published figures")
+    parser.add_argument(
+        "--pool-seeds",
+        action="store_true",
+        help="take files whose names differ in a last -seedN alone for one run, each seed a sample of every question",
+    )
+    parser.add_argument("--commands", action="store_true", help="add the wall time and the command of each run's record")
     parser.add_argument(
         "--wrong", type=int, default=0, metavar="N", help="print N answers of each file that are not right"
     )
@@ -137,9 +144,12 @@ class Row(NamedTuple):
     thinking_open: bool | None
     finish_reason: str | None
     output_tokens: int | None
+    forced: bool | None
 
 
-OPTIONAL_KEYS = {"sample": int, "mode": str, "thinking_open": bool, "finish_reason": str, "output_tokens": int}
+OPTIONAL_KEYS = {
+    "sample": int, "mode": str, "thinking_open": bool, "finish_reason": str, "output_tokens": int, "forced": bool,
+}  # fmt: skip
 
 
 def read_rows(path, bad=None):
@@ -175,6 +185,7 @@ def check_row(row):
         row.get("thinking_open"),
         row.get("finish_reason"),
         row.get("output_tokens"),
+        row.get("forced"),
     )
 
 
@@ -216,20 +227,24 @@ class Rows:
     samples: array = field(default_factory=lambda: array("i"))
     right: bytearray = field(default_factory=bytearray)
     published: bytearray = field(default_factory=bytearray)
-    answers: array = field(default_factory=lambda: array("q"))  # equal numbers, equal entries; -1: none read
+    answers: array = field(default_factory=lambda: array("q"))  # hashes of the numbers; -1, no hash, where none is read
 
 
 @dataclass
 class Run:
-    """One scored file. `rows` is None where the file was read as a stream."""
+    """One scored file, or several by --pool-seeds. `rows` is None where a file was read as a stream."""
 
-    path: Path
+    paths: tuple
     name: str
     questions: int
     counts: Counter  # lines by status and by the other facts that `score_rows` counts
     skipped: int
     prefilled: bool
     rows: Rows | None
+
+    @property
+    def path(self):
+        return self.paths[0]
 
     @property
     def n(self):
@@ -249,12 +264,43 @@ def name_runs(runs):
     return runs
 
 
+SEED = re.compile(r"-seed[0-9]+$")
+
+
+def pool_seeds(runs):
+    """One Run in place of those whose names differ in a last -seedN alone: what was a seed is a sample."""
+    pooled = {}
+    for run in runs:
+        name = SEED.sub("", run.name)
+        pooled[name] = pool(pooled[name], run) if name in pooled else replace(run, name=name)
+    return list(pooled.values())
+
+
+def pool(first, second):
+    if set(first.rows.questions) != set(second.rows.questions):
+        raise UserError(f"--pool-seeds: {first.path} and {second.path} hold other questions; pool files of the same")
+    rows, offset = Rows(), 1 + max(first.rows.samples)
+    for name in vars(rows):
+        setattr(rows, name, getattr(first.rows, name) + getattr(second.rows, name))
+    for line in range(len(first.rows.samples), len(rows.samples)):
+        rows.samples[line] += offset
+    return Run(
+        first.paths + second.paths,
+        first.name,
+        first.questions,
+        first.counts + second.counts,
+        first.skipped + second.skipped,
+        first.prefilled,
+        rows,
+    )
+
+
 def score_run(path, options):
     """Score a file: as a stream where it is in order with one sample a question, else with its rows kept."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a plain file, and files are read more than once; write it to one first")
     prefilled = not options.thinking and was_prefilled(path, options.skip_bad)
-    run = None if options.compare else score_rows(path, options, prefilled, keep=False)
+    run = None if options.compare or options.pool_seeds else score_rows(path, options, prefilled, keep=False)
     run = run or score_rows(path, options, prefilled, keep=True)
     if not run.n:
         raise UserError(f"{path}: holds no line to score")
@@ -263,7 +309,7 @@ def score_run(path, options):
 
 def score_rows(path, options, prefilled, keep):
     """The Run of a file; None where it needs `keep`, because an id does not exceed the one before."""
-    counts, bad, rows, numbers, previous = Counter(), [], Rows(), {}, None
+    counts, bad, rows, previous = Counter(), [], Rows(), None
     for row in read_rows(path, bad if options.skip_bad else None):
         if not keep:
             if type(row.id) is not int or (previous is not None and row.id <= previous):
@@ -282,6 +328,9 @@ def score_rows(path, options, prefilled, keep):
         if row.output_tokens is not None:
             counts["output_tokens_lines"] += 1
             counts["output_tokens"] += row.output_tokens
+        if row.forced is not None:
+            counts["forced_lines"] += 1
+            counts["forced"] += row.forced
         if status == "right":
             counts["worked"] += "=" in row.text[reading.start : reading.end]
             counts["off_format"] += not ASKED_FORMAT.search(row.text, max(0, len(row.text) - 80))
@@ -294,9 +343,9 @@ def score_rows(path, options, prefilled, keep):
             rows.samples.append(row.sample)
             rows.right.append(status == "right")
             rows.published.append(published)
-            rows.answers.append(-1 if reading.number is None else numbers.setdefault(reading.number, len(numbers)))
+            rows.answers.append(-1 if reading.number is None else hash((reading.number,)))
     questions = count_questions(path, rows) if keep else counts["lines"]
-    return Run(path, path.name.removesuffix(".jsonl"), questions, counts, len(bad), prefilled, rows if keep else None)
+    return Run((path,), path.name.removesuffix(".jsonl"), questions, counts, len(bad), prefilled, rows if keep else None)
 
 
 def count_questions(path, rows):
@@ -400,7 +449,7 @@ def vote(answers):
     """The winner after each answer (-1: nothing read yet), and whether the last vote is tied."""
     counts, winners = Counter(), []
     for answer in answers:
-        if answer >= 0:
+        if answer != -1:
             counts[answer] += 1
         winners.append(max(counts, key=counts.get, default=-1))  # of the tied: the first given
     return winners, list(counts.values()).count(max(counts.values(), default=0)) > 1
@@ -573,10 +622,13 @@ def summary(run, published, comparisons):
         "interval": accuracy_interval(run, "right"),
         **{status: run.counts[status] for status in STATUSES[1:]},
         "truncated": truncated(run),
+        "forced": run.counts["forced"] if run.counts["forced_lines"] else None,
         "no_answer_right": run.counts["no_answer_right"],
         "output_tokens_mean": mean_tokens(run),
     }
-    if run.several:
+    if len(run.paths) > 1:
+        facts["paths"] = list(map(str, run.paths))
+    elif run.several:
         facts |= vars(count_votes(run))
     if run.name in published:
         facts["published"] = vars(published[run.name])
@@ -589,10 +641,10 @@ def mean_tokens(run):
     return run.counts["output_tokens"] / run.n if run.counts["output_tokens_lines"] == run.n else None
 
 
-def report(runs, published, comparisons, markdown):
+def report(runs, published, comparisons, options):
     """The table of runs, that of comparisons, and notes, as text or as Markdown."""
-    render, bullet = (render_markdown, "- ") if markdown else (render_text, "")
-    print(render(run_table(runs, published)))
+    render, bullet = (render_markdown, "- ") if options.markdown else (render_text, "")
+    print(render(run_table(runs, published, options.commands)))
     if comparisons:
         print("\n" + render(comparison_table(comparisons)))
     lines = [bullet + printable(note) for note in notes(runs, comparisons)]
@@ -600,12 +652,14 @@ def report(runs, published, comparisons, markdown):
         print("\n" + "\n".join(lines))
 
 
-def run_table(runs, published):
+def run_table(runs, published, commands=False):
     """Rows of cells, the first being the header."""
     header = ["file", "lines", "final answer %", "published rule %"]
     header += ["published %", "in interval", "protocol"] if published else []
     header += ["unfinished", "at limit", "no answer", "ambiguous"]
+    header += ["forced"] if any(run.counts["forced_lines"] for run in runs) else []
     header += ["tokens"] if any(mean_tokens(run) for run in runs) else []
+    header += ["seconds", "command"] if commands else []
     return [header, *(run_cells(run, published, header) for run in runs)]
 
 
@@ -623,9 +677,23 @@ def run_cells(run, published, header):
         "at limit": None if limit is None else f"{limit:,}",
         "no answer": f"{run.counts['no_answer']:,}",
         "ambiguous": f"{run.counts['ambiguous']:,}",
+        "forced": f"{run.counts['forced']:,}" if run.counts["forced_lines"] else None,
         "tokens": None if tokens is None else f"{tokens:,.0f}",
     }
+    if "command" in header:
+        cells |= made_by(run)
     return [cells[column] or "-" for column in header]
+
+
+def made_by(run):
+    """Wall time in seconds and command, as the run records say; of several seeds the first command and all times."""
+    segments = [segment for path in run.paths for segment in (read_record(path) or {"segments": []})["segments"]]
+    times = [segment.get("seconds") for segment in segments]
+    whole = bool(times) and all(isinstance(seconds, (int, float)) for seconds in times)
+    return {
+        "seconds": f"{sum(times):,.1f}" if whole else None,
+        "command": str(segments[0]["command"]) if segments and "command" in segments[0] else None,
+    }
 
 
 def comparison_table(comparisons):
@@ -648,7 +716,7 @@ def with_interval(value, interval, sign=""):
     return f"{value:{sign}.2f} [{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]"
 
 
-WORDS = ("file", "first", "second", "protocol")  # columns set to the left; figures go to the right
+WORDS = ("file", "first", "second", "protocol", "command")  # columns set to the left; figures go to the right
 
 
 def render_text(table):
@@ -707,7 +775,9 @@ def run_notes(run):
             f"{counts['no_answer_right']:,} of the {counts['no_answer']:,} without an answer "
             "end in the right number: a matter of format, not of arithmetic"
         )
-    if run.several:
+    if len(run.paths) > 1:
+        yield f"{len(run.paths)} seeds, taken together: the interval covers the choice of questions, not that of seeds"
+    elif run.several:
         votes = count_votes(run)
         k = len(votes.pass_at)
         yield (
@@ -752,9 +822,11 @@ def plot(runs, published, path):
     from matplotlib import pyplot
 
     below = [draw_tokens] if any(mean_tokens(run) for run in runs) else []
-    below += [draw_votes] if any(run.several for run in runs) else []
-    heights = [1.6 + 0.5 * max(len(runs), 4)] + ([3.4] if below else [])  # inches; README shows 8 in about 850 pixels
-    layout = [[draw_accuracies, draw_statuses], [below[0], below[-1]]] if below else [[draw_accuracies, draw_statuses]]
+    below += [draw_votes] if any(has_votes(run) for run in runs) else []
+    below += [draw_budgets] if sum(think_budget(run) is not None for run in runs) > 1 else []
+    pairs = [below[i : i + 2] for i in range(0, len(below), 2)]
+    layout = [[draw_accuracies, draw_statuses], *([pair[0], pair[-1]] for pair in pairs)]
+    heights = [1.6 + 0.5 * max(len(runs), 4)] + [3.4] * len(pairs)  # inches; README shows 8 in about 850 pixels
     figure, axes = pyplot.subplot_mosaic(layout, figsize=(8, sum(heights)), height_ratios=heights, layout="constrained")
     for draw, axis in axes.items():
         draw(axis, runs, published)
@@ -833,7 +905,7 @@ def draw_votes(axis, runs, _):
     """pass@k and maj@k over k for the runs with several samples, each line ending in its run's number."""
     spots, ends = [], [1]
     for number, run in enumerate(runs, 1):
-        if not run.several:
+        if not has_votes(run):
             continue
         votes = count_votes(run)
         for shares, style in ((votes.pass_at, "--"), (votes.majority_at, "-")):
@@ -846,6 +918,42 @@ def draw_votes(axis, runs, _):
     axis.set(xlabel="samples, k", ylabel="right, %", ylim=(0, 105), xlim=(0.8, 1.25 * max(ends)))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(loc="lower right", frameon=False)
+
+
+def has_votes(run):
+    return run.several and len(run.paths) == 1
+
+
+def think_budget(run):
+    """The --think-budget that a run was made with, by its record; None without one."""
+    record = read_record(run.path)
+    return record and record["decides"].get("think_budget")
+
+
+OF_A_BUDGET = ("think_budget", "max_new_tokens")
+
+
+def draw_budgets(axis, runs, _):
+    """Accuracy against thinking budget; a line joins runs that differ in nothing else."""
+    curves, spots = {}, []
+    for number, run in enumerate(runs, 1):
+        budget = think_budget(run)
+        if budget is None:
+            continue
+        decides = {key: value for key, value in read_record(run.path)["decides"].items() if key not in OF_A_BUDGET}
+        accuracy, (low, high) = percent(run.counts["right"], run.n), accuracy_interval(run, "right")
+        curves.setdefault(json.dumps(decides, sort_keys=True), []).append((budget, accuracy, accuracy - low, high - accuracy))
+        spots.append((budget, accuracy, number))
+    for curve in curves.values():
+        budgets, accuracies, *error = zip(*sorted(curve), strict=True)
+        axis.errorbar(budgets, accuracies, error, fmt="o-", color=STATUS_COLOURS["right"], ecolor="black", capsize=3)
+    for budget, accuracy, number in spots:
+        axis.annotate(str(number), (budget, accuracy), (5, 7), textcoords="offset points")
+    budgets = sorted({budget for budget, _, _ in spots})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+    axis.minorticks_off()
+    axis.set(xlabel="thinking budget, tokens", ylabel="right by final answer, %", ylim=(0, 100))
 
 
 def annotate_runs(axis, spots, near):

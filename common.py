@@ -242,6 +242,13 @@ def thinking_is_open(prompt):
     return prompt.rstrip().endswith("<think>")
 
 
+# What closes a thought that has used up its budget (Qwen3 Technical Report, 2025, section 4.3).
+EARLY_STOP = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
+    "\n</think>\n\n"
+)
+
+
 # ------------------------------------------------------------------------------------------
 # Data
 # ------------------------------------------------------------------------------------------
@@ -522,13 +529,40 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class ThinkBudget:
+    """A thought still open after `tokens` new tokens is closed: `early_stop` follows, token by token."""
+
+    tokens: int
+    early_stop: list  # the ids of EARLY_STOP
+    think: int  # the ids of the tags
+    close: int
+    opened: bool  # whether the prompt ends inside a thought; else the model must open one
+
+    def forced(self, tokens):
+        """The token that must follow these new ones, or None where the model chooses."""
+        place = len(tokens) - self.tokens
+        return self.early_stop[place] if 0 <= place < len(self.early_stop) and self.overruns(tokens) else None
+
+    def overruns(self, tokens):
+        """Whether the thought in these new tokens is still open when the budget is spent."""
+        thought = tokens[: self.tokens]
+        return (self.opened or self.think in thought) and self.close not in thought
+
+    def closed(self, tokens):
+        """Whether these new tokens go on behind a thought that the budget closed."""
+        return len(tokens) > self.tokens and self.overruns(tokens)
+
+
+@dataclass(frozen=True)
 class Request:
-    """One completion to make, named by question id and sample number."""
+    """One completion to make, named by question id and sample number; `begun` are tokens it has already."""
 
     id: int
     sample: int
     prompt_ids: list
     max_new_tokens: int
+    budget: ThinkBudget | None = None
+    begun: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -542,6 +576,7 @@ class Completion:
     finish_reason: str  # "stop" at an end token, "length" at the request's limit
     prompt_tokens: int
     output_tokens: int
+    forced: bool = False  # the thought was closed because its budget was spent
 
 
 @dataclass(eq=False)
@@ -581,6 +616,7 @@ def generate(model, tokenizer, requests, decoding=Decoding(), batch_size="auto",
                 finish_reason="stop" if row.tokens[-1] in stop_ids else "length",
                 prompt_tokens=len(row.request.prompt_ids),
                 output_tokens=len(row.tokens),
+                forced=row.request.budget is not None and row.request.budget.closed(row.tokens),
             )
 
 
@@ -636,7 +672,7 @@ class RollingBatch:
         self.model, self.cache, self.decoding = model, cache, decoding
         self.stop_ids, self.note = stop_ids, note
         self.kind = "cuda" if model.device.type == "cuda" else "cpu"
-        self.rows, self.waiting = [], [Row(request, []) for request in requests]
+        self.rows, self.waiting = [], [Row(request, [*request.begun]) for request in requests]
         self.first = self.last = 0  # the window
         self.prefix = self.read_prefix(shared_beginning([request.prompt_ids for request in requests]))
         longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
@@ -754,7 +790,8 @@ class RollingBatch:
     def extend(self, rows, logits):
         """Append the chosen token to each row; returns the rows that end with it, now removed."""
         for row, token in zip(rows, choose_tokens(logits, rows, self.decoding), strict=True):
-            row.tokens.append(token)
+            forced = row.request.budget and row.request.budget.forced(row.tokens)
+            row.tokens.append(token if forced is None else forced)
         ended = [
             row for row in rows
             if row.tokens[-1] in self.stop_ids or len(row.tokens) == row.request.max_new_tokens
@@ -1548,7 +1585,7 @@ def is_run_record(value):
 
 def note_changes(old, new):
     """Note what describes the run and is no longer so: it decides nothing, up to rounding."""
-    changed = [key for key in new if key != "started" and new[key] != old.get(key)]
+    changed = [key for key in new if key not in ("started", "command") and new[key] != old.get(key)]
     if changed:
         values = (f"{key} {shorten(new[key])}, was {shorten(old.get(key))}" for key in changed)
         log("note: other than before: " + "; ".join(values))

@@ -12,18 +12,23 @@ ended, and does nothing when all answers are there.
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
+import shlex
 import sys
 import time
 from pathlib import Path
 
 from common import (
     DTYPES,
+    EARLY_STOP,
     FEW_SHOT_STYLES,
     MODES,
     ArgumentParser,
     Decoding,
     Request,
     RunOutput,
+    ThinkBudget,
     UserError,
     at_least,
     build_prompt,
@@ -51,6 +56,7 @@ PLAIN_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
 MAX_NEW_TOKENS = {"zero_shot": 512, "cot": 512, "few_shot": 512, "thinking": 4096, "chatml_think_prefill": 4096}
 SAMPLED_MODES = ("thinking",)
 THINKING_MODES = ("thinking", "chatml_think_prefill")
+ANSWER_TOKENS = 512  # what --think-budget leaves for the early stop and the answer: the limit of modes without a thought
 
 
 @command_line
@@ -65,25 +71,27 @@ def main(argv=None):
         return print_prompts(prompts[: args.print_prompts], tokenizer)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    record = run_record(args, files, tokenizer, questions, prompts, device, dtype)
-    output = RunOutput(args.output)
-    with output.opened(record, args.overwrite):
-        missing = [
-            (i, sample)
-            for i in range(len(prompts))
-            for sample in range(args.num_samples)
-            if (i, sample) not in output.places
-        ]
-        if missing or output.part_size():  # the latter: stopped between the last answer and the end
-            done = len(prompts) * args.num_samples - len(missing)
-            log(f"{args.output}: {done} answers are there, {len(missing)} to go" if done else f"writing {args.output}")
-            model = load_model(files, dtype, device)
-            requests = build_requests(args, prompts, missing, tokenizer, model)
-            answer(args, model, tokenizer, requests, questions, prompts, output)
-        else:
-            log(f"{args.output}: finished already, {len(output.places)} answers; --overwrite makes it again")
-    if args.save_txt:
-        save_txt(args.output)
+    model, made = None, {}
+    for run in split_budgets(args):
+        record = run_record(run, files, tokenizer, questions, prompts, device, dtype)
+        output = RunOutput(run.output)
+        with output.opened(record, run.overwrite):
+            missing = [
+                (i, sample)
+                for i in range(len(prompts))
+                for sample in range(run.num_samples)
+                if (i, sample) not in output.places
+            ]
+            if missing or output.part_size():  # the latter: stopped between the last answer and the end
+                done = len(prompts) * run.num_samples - len(missing)
+                log(f"{run.output}: {done} answers are there, {len(missing)} to go" if done else f"writing {run.output}")
+                model = model or load_model(files, dtype, device)
+                requests = build_requests(run, prompts, missing, tokenizer, model)
+                answer(run, model, tokenizer, requests, made, questions, prompts, output)
+            else:
+                log(f"{run.output}: finished already, {len(output.places)} answers; --overwrite makes it again")
+        if run.save_txt:
+            save_txt(run.output)
     return 0
 
 
@@ -99,7 +107,10 @@ def parse_args(argv):
     add("--few-shot-style", choices=FEW_SHOT_STYLES, help="examples inside one prompt or as chat turns (default prompt)")
     add("--system-prompt", help="replaces the mode's instruction; '' leaves the system message out")
     add("--batch-size", type=batch_size, default="auto", help="most rows at once; auto sizes it from free memory (default)")
-    add("--max-new-tokens", type=at_least(1), help="most new tokens an answer (default 512; thinking modes 4096)")
+    add("--max-new-tokens", type=at_least(1), help="most new tokens an answer (default 512; thinking modes 4096; with --think-budget N, N + 512)")
+    add("--think-budget", type=at_least(1), nargs="+", metavar="N",
+        help="close a thought that is still open after N new tokens; several budgets write a file each, NAME-budget-N.jsonl, "
+        "and cost little more than the largest (default no budget)")  # fmt: skip
     add("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or be greedy (default: only thinking samples)")
     add("--temperature", type=float, help="of sampling (default 0.6 for thinking modes, else 0.7: Qwen3's model card)")
     add("--top-p", type=float, help="of sampling (default 0.95 for thinking modes, else 0.8: Qwen3's model card)")
@@ -113,6 +124,7 @@ def parse_args(argv):
     add("--save-txt", action="store_true", help="also write the answers as readable text beside the JSONL")
     add("--print-prompts", type=at_least(1), metavar="N", help="show the first N prompts with their token ids and stop")
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "inference.py", *(sys.argv[1:] if argv is None else argv)])
     fill_defaults(args)
     return args
 
@@ -129,7 +141,9 @@ def fill_defaults(args):
                 raise UserError(f"{flag}: goes with --mode few_shot, not with {args.mode}")
     args.few_shot_k = args.few_shot_k or 3
     args.few_shot_style = args.few_shot_style or "prompt"
-    args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS[args.mode]
+    if args.think_budget and args.mode not in THINKING_MODES:
+        raise UserError(f"--think-budget: goes with --mode {' or '.join(THINKING_MODES)}, not with {args.mode}")
+    args.named = args.output is not None
     args.output = args.output or Path("outputs") / f"{args.mode}_model_outputs.jsonl"
     if args.output.suffix != ".jsonl":
         raise UserError(f"--output {args.output}: wants a name that ends in .jsonl")
@@ -148,6 +162,24 @@ def fill_defaults(args):
         args.decoding = Decoding()
         if args.mode == "thinking":
             log("note: greedy thinking; Qwen3's model card warns that it can fall into endless loops")
+
+
+def split_budgets(args):
+    """The runs of a command: one, or one for each thinking budget, the largest first, for the others build on it."""
+    if not args.think_budget:
+        limit = args.max_new_tokens or MAX_NEW_TOKENS[args.mode]
+        return [argparse.Namespace(**vars(args) | {"max_new_tokens": limit})]
+    budgets = sorted(set(args.think_budget), reverse=True)
+    runs = []
+    for budget in budgets:
+        output = args.output.with_name(f"{args.output.stem}-budget-{budget}.jsonl")
+        own = {
+            "think_budget": budget,
+            "max_new_tokens": args.max_new_tokens or budget + ANSWER_TOKENS,
+            "output": args.output if args.named and len(budgets) == 1 else output,
+        }
+        runs.append(argparse.Namespace(**vars(args) | own))
+    return runs
 
 
 def load_examples(args, questions):
@@ -202,6 +234,8 @@ def run_record(args, files, tokenizer, questions, prompts, device, dtype):
         "thinking_switch": switch,
         "prompt": prompts[0],
         "max_new_tokens": args.max_new_tokens,
+        "think_budget": args.think_budget,
+        "early_stop": EARLY_STOP if args.think_budget else None,
         "do_sample": args.do_sample,
         "temperature": sampling and sampling.temperature,
         "top_p": sampling and sampling.top_p,
@@ -215,6 +249,7 @@ def run_record(args, files, tokenizer, questions, prompts, device, dtype):
         "limit": args.limit,
         "num_samples": args.num_samples,
         "batch_size": args.batch_size,
+        "command": args.command,
     } | describe_run(device)
     return {"decides": decides, "segments": [segment]}
 
@@ -236,19 +271,68 @@ def build_requests(args, prompts, missing, tokenizer, model):
     touched = sum(limits[i] < args.max_new_tokens for i, _ in missing)
     if touched:
         log(f"max_new_tokens cut for {touched} of {len(missing)} answers: the model has {positions} positions")
-    return [Request(i, sample, ids[i], limits[i]) for i, sample in missing]
+    budgets = think_budgets(args, prompts, limits, tokenizer)
+    return [Request(i, sample, ids[i], limits[i], budgets[i]) for i, sample in missing]
 
 
-def answer(args, model, tokenizer, requests, questions, prompts, output):
-    """Generate and append each answer as it ends. A stop keeps them."""
+def think_budgets(args, prompts, limits, tokenizer):
+    """The ThinkBudget of every prompt, None without --think-budget.
+
+    Where the model's positions cut the limit of an answer, its thought gives way, so that the room to
+    answer is the same for all.
+    """
+    if not args.think_budget:
+        return [None] * len(prompts)
+    tags = [tokenizer.get_vocab().get(tag) for tag in ("<think>", "</think>")]
+    if None in tags:
+        raise UserError(f"--think-budget: the tokenizer of {args.model_id} has no token </think>, which closes a thought")
+    early_stop = tokenizer(EARLY_STOP, add_special_tokens=False)["input_ids"]
+    budgets = []
+    for i, prompt in enumerate(prompts):
+        tokens = args.think_budget - (args.max_new_tokens - limits[i])
+        if tokens < 0 or limits[i] - tokens <= len(early_stop):
+            raise UserError(
+                f"question {i}: {limits[i]} new tokens at most leave no room to answer beside a thought of "
+                f"{args.think_budget} and the {len(early_stop)} that close it; other --think-budget or --max-new-tokens"
+            )
+        budgets.append(ThinkBudget(tokens, early_stop, *tags, opened=thinking_is_open(prompt)))
+    return budgets
+
+
+def build_on(made, requests):
+    """(completions, requests): what a larger budget's completions settle, and what is left to generate.
+
+    Up to its budget a thought is the same whatever the budget. One that needed no closing here is
+    taken as it is; of the others the tokens up to the budget are.
+    """
+    settled, left = [], []
+    for request in requests:
+        done, budget = made.get((request.id, request.sample)), request.budget
+        if done and budget.closed(done.token_ids):
+            begun = (*done.token_ids[: budget.tokens], *budget.early_stop)
+            left.append(dataclasses.replace(request, begun=begun))
+        elif done and len(done.token_ids) <= request.max_new_tokens:
+            settled.append(done)
+        else:
+            left.append(request)
+    return settled, left
+
+
+def answer(args, model, tokenizer, requests, made, questions, prompts, output):
+    """Generate and append each answer as it ends. A stop keeps them. `made`: see build_on."""
     from tqdm import tqdm
+
+    settled, left = build_on(made, requests)
 
     begun, before = time.perf_counter(), output.totals["output_tokens"]
     output.write_record()
     try:
         with tqdm(total=len(requests), unit="question", smoothing=0.1) as bar:
-            for done in generate(model, tokenizer, requests, args.decoding, args.batch_size, note=tqdm.write):
-                output.append(answer_row(args.mode, done, questions[done.id], prompts[done.id]))
+            generated = generate(model, tokenizer, left, args.decoding, args.batch_size, note=tqdm.write)
+            for done in itertools.chain(settled, generated):
+                output.append(answer_row(args, done, questions[done.id], prompts[done.id]))
+                if args.think_budget:
+                    made[done.id, done.sample] = done
                 rate = (output.totals["output_tokens"] - before) / (time.perf_counter() - begun)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                 bar.update()
@@ -261,20 +345,21 @@ def answer(args, model, tokenizer, requests, questions, prompts, output):
     report(args.output, output.record["segments"][-1])
 
 
-def answer_row(mode, done, question, prompt):
+def answer_row(args, done, question, prompt):
     """One line of the JSONL. Other tools read the first four keys, in this order."""
-    return {
+    row = {
         "id": done.id,
         "question": question.question,
         "model_output": done.text,
         "ground_truth_answer": question.answer,
-        "mode": mode,
+        "mode": args.mode,
         "sample": done.sample,
         "thinking_open": thinking_is_open(prompt),
         "finish_reason": done.finish_reason,
         "prompt_tokens": done.prompt_tokens,
         "output_tokens": done.output_tokens,
     }
+    return row | ({"forced": done.forced} if args.think_budget else {})
 
 
 def report(path, segment):

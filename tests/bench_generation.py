@@ -105,13 +105,16 @@ def compare(args, mode, model, tokenizer):
     produced = sum(map(len, tokens["ours"].values()))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     differing = [request for request in requests if tokens["ours"][request.id] != tokens["plain"][request.id]]
-    gaps = [gap_where_they_part(model, r, tokens["ours"][r.id], tokens["plain"][r.id]) for r in differing]
+    gaps, errors = gaps_and_rounding(model, differing, tokens)
     ratio = medians["plain"] / medians["ours"]
     print(f"\n{mode}: {len(requests)} questions, {produced} output tokens, {ratio:.2f} times the plain way")
     for name, times in seconds.items():
         print(f"  {name:5} median {medians[name]:7.2f} s ({min(times):.2f} to {max(times):.2f}), "
               f"{produced / medians[name]:7.0f} tokens/s")  # fmt: skip
-    print(f"  rows that differ: {len(differing)}" + (f", widest top-two gap where they part {max(gaps):.2g}" if gaps else ""))
+    print(f"  rows that differ: {len(differing)}")
+    if gaps:
+        print(f"  where they part the two highest logits are {max(gaps):.2g} apart at most; there rounding alone moves "
+              f"a logit by {min(errors):.2g} to {max(errors):.2g}")  # fmt: skip
     return {
         "ratio": round(ratio, 2),
         "tokens_per_second": round(produced / medians["ours"]),
@@ -119,6 +122,7 @@ def compare(args, mode, model, tokenizer):
         "rows": len(requests),
         "rows_that_differ": len(differing),
         "widest_gap": max(gaps, default=None),
+        "rounding_there": [min(errors), max(errors)] if errors else None,
     }
 
 
@@ -178,15 +182,25 @@ def plain(model, tokenizer, requests, stop_ids):
     return result
 
 
-def gap_where_they_part(model, request, ours, plain):
-    """The gap of the two largest logits after the tokens that both ways agree on."""
+def gaps_and_rounding(model, requests, tokens):
+    """For each request, after the tokens that both ways agree on: the gap of the two highest logits, and the
+    largest difference of a logit between this precision and a finer one, the weights being the same."""
+    import copy
+
     import torch
 
-    agreed = len(os.path.commonprefix([ours, plain]))
-    ids = torch.tensor([request.prompt_ids + ours[:agreed]], device=model.device)
-    with torch.inference_mode():
-        first, second = model(ids).logits[0, -1].float().topk(2).values.tolist()
-    return first - second
+    finer = torch.float64 if model.dtype == torch.float32 else torch.float32
+    finer = copy.deepcopy(model).to(finer) if requests else None
+    gaps, errors = [], []
+    for request in requests:
+        agreed = len(os.path.commonprefix([tokens["ours"][request.id], tokens["plain"][request.id]]))
+        ids = torch.tensor([request.prompt_ids + tokens["ours"][request.id][:agreed]], device=model.device)
+        with torch.inference_mode():
+            logits, exact = (way(ids, logits_to_keep=1).logits[0, -1].double() for way in (model, finer))
+        first, second = logits.topk(2).values.tolist()
+        gaps.append(first - second)
+        errors.append((logits - exact).abs().max().item())
+    return gaps, errors
 
 
 def matrix_product_rate(dtype, device):

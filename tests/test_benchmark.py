@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -443,3 +444,53 @@ def test_the_picture_is_drawn_with_and_without_token_counts_and_votes(write, tmp
 )
 def test_a_flag_that_cannot_be_kept_is_refused_before_scoring(refuse, flags):
     assert flags[0] in refuse("no-such-file.jsonl", *flags)
+
+
+def seed_files(write, *texts):
+    return [
+        write([line(i, text) for i, text in enumerate(seed)], f"sft-seed{number}.jsonl") for number, seed in enumerate(texts, 1)
+    ]
+
+
+def test_seeds_are_pooled_as_samples_of_their_questions(write, score, capsys):
+    files = seed_files(write, ["#### 18", "#### 1"], ["#### 18", "#### 18"], ["#### 2", "#### 18"])
+    base = write([line(0, "#### 18"), line(1, "#### 1")], "base.jsonl")
+    pooled, other = score(*files, base, "--pool-seeds", "--compare")
+    as_samples = [line(i, text, sample=sample) for sample, pair in enumerate(["AB", "AA", "BA"]) for i, text in enumerate(pair)]
+    as_samples = [row | {"model_output": {"A": "#### 18", "B": "#### 1"}[row["model_output"]]} for row in as_samples]
+    (same,) = score(write(as_samples, "same.jsonl"))
+    assert (pooled["n"], pooled["questions"], pooled["paths"]) == (6, 2, files)
+    assert pooled["interval"] == pytest.approx(same["interval"]) and pooled["accuracy"] == same["accuracy"]
+    assert other["n"] == 2 and pooled["compared"][0]["test"] == "paired t-test"
+    benchmark.main([*files, "--pool-seeds"])
+    printed = capsys.readouterr().out
+    assert "sft  " in printed and "3 seeds, taken together" in printed and "pass@" not in printed
+
+
+def test_seeds_of_other_questions_are_not_pooled(write, refuse):
+    files = seed_files(write, ["#### 18"], ["#### 18", "#### 18"])
+    assert "hold other questions" in refuse(*files, "--pool-seeds")
+
+
+def test_commands_and_wall_times_come_from_the_run_records(write, capsys, tmp_path):
+    path = write([line()], "a.jsonl")
+    segments = [{"seconds": 1.5, "command": "python inference.py --mode cot"}, {"seconds": 2.25}]
+    (tmp_path / "a.run.json").write_text(json.dumps({"decides": {}, "segments": segments}))
+    benchmark.main([path, write([line()], "b.jsonl"), "--commands"])
+    with_record, without = capsys.readouterr().out.splitlines()[1:3]
+    assert re.search(r" 3\.8  python inference.py --mode cot$", with_record) and re.search(r"-  -$", without)
+
+
+def test_the_picture_draws_accuracy_against_thinking_budget(write, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda axis, x, *more, **kw: drawn.append(x) or errorbar(axis, x, *more, **kw))
+    files = []
+    for mode, budget in (("a", 64), ("a", 256), ("b", 64), ("a", 128)):
+        name = f"{mode}-{budget}"
+        files.append(write([line(forced=True), line(1, forced=False)], f"{name}.jsonl"))
+        record = {"decides": {"mode": mode, "think_budget": budget, "max_new_tokens": budget + 512}, "segments": [{}]}
+        (tmp_path / f"{name}.run.json").write_text(json.dumps(record))
+    benchmark.main([*files, "--plot", str(tmp_path / "a.png")])
+    assert (64, 128, 256) in drawn and (64,) in drawn and (tmp_path / "a.png").stat().st_size > 10_000

@@ -1,5 +1,6 @@
 """The rolling batch gives the tokens that one prompt at a time gives, and samples as stated."""
 
+import dataclasses
 import random
 
 import pytest
@@ -44,7 +45,6 @@ def random_model(architecture="Qwen3", **changes):
 def random_requests(count=17, beginning=17, seed=5):
     """Prompts that share a beginning, of uneven lengths, with uneven limits."""
     draw = random.Random(seed)
-
 
     def tokens(least, most):
         return [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most))]
@@ -160,6 +160,26 @@ def test_draws_follow_the_softmax_that_transformers_filters(temperature, top_k, 
     assert (drawn[expected == 0] == 0).all()
     kept = expected > 0
     assert scipy.stats.chisquare(drawn[kept], expected[kept]).pvalue > 1e-3
+
+
+def test_a_thought_open_when_its_budget_is_spent_is_closed_in_any_batch(tokenizer):
+    model, stop, think, close = random_model(), [3, 4, 5], 7, 8
+    free = one_at_a_time(model, random_requests())
+    budgets = [common.ThinkBudget(20, stop, think, close, opened=request.id % 2 == 0) for request in random_requests()]
+    requests = [dataclasses.replace(request, budget=budgets[request.id]) for request in random_requests()]
+    done = {c.id: c for c in generate(model, tokenizer, requests, batch_size=5, note=lambda line: None)}
+    forced = {i for i, budget in enumerate(budgets) if budget.overruns(free[i, 0])}
+    assert 0 < len(forced) < len(requests) and {i for i, c in done.items() if c.forced} == forced
+    for request in requests:
+        tokens = done[request.id].token_ids
+        if request.id not in forced:
+            assert tokens == free[request.id, 0]
+            continue
+        begun = (*free[request.id, 0][:20], *stop)
+        longer = dataclasses.replace(request, prompt_ids=[*request.prompt_ids, *begun], max_new_tokens=len(tokens) - 23)
+        assert tokens == [*begun, *one_at_a_time(model, [longer])[request.id, 0]]
+        again = dataclasses.replace(request, begun=begun)
+        assert tokens_of(model, tokenizer, [again]) == {(request.id, 0): tokens}
 
 
 def test_of_equal_logits_the_lower_token_id_ranks_first():

@@ -139,3 +139,61 @@ def test_a_question_of_the_train_split_is_never_its_own_example(tmp_path, capsys
 def test_a_limit_is_cut_to_what_the_positions_leave(tmp_path, capsys):
     run(tmp_path / "a.jsonl", "--mode", "chatml_think_prefill", "--limit", 2)
     assert "max_new_tokens cut for 2 of 2 answers: the model has 2048 positions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--mode", "chatml_think_prefill"), ("--mode", "thinking", "--num-samples", 2)])
+def test_a_command_of_several_budgets_writes_what_one_command_a_budget_writes(flags, tmp_path):
+    budgets = 90, 60, 30
+    run(tmp_path / "all.jsonl", *flags, "--limit", 16, "--think-budget", *budgets)
+    for budget in budgets:
+        alone = tmp_path / f"alone-{budget}.jsonl"
+        run(alone, *flags, "--limit", 16, "--think-budget", budget)
+        assert alone.read_bytes() == (tmp_path / f"all-budget-{budget}.jsonl").read_bytes()
+        for row in rows(alone):
+            thought = row["model_output"].split("</think>")[0]
+            assert row["forced"] == thought.endswith("based on the thinking directly now.\n")
+    forced = [sum(row["forced"] for row in rows(tmp_path / f"alone-{budget}.jsonl")) for budget in budgets]
+    assert 0 < forced[0] < forced[1] < forced[2]
+
+
+def test_a_smaller_budget_generates_only_what_the_larger_one_does_not_settle(tmp_path, monkeypatch):
+    asked, generate = [], inference.generate
+
+    def counting(model, tokenizer, requests, *args, **kwargs):
+        asked.append([len(request.begun) for request in requests])
+        return generate(model, tokenizer, requests, *args, **kwargs)
+
+    monkeypatch.setattr(inference, "generate", counting)
+    run(tmp_path / "all.jsonl", "--mode", "thinking", "--limit", 16, "--think-budget", 70, 120)
+    largest, smaller = asked
+    forced = [row for row in rows(tmp_path / "all-budget-70.jsonl") if row["forced"]]
+    assert largest == [0] * 16 and 0 < len(smaller) == len(forced) < 16 and min(smaller) > 70
+
+
+def test_with_a_budget_the_demo_leaves_no_answer_unfinished(tmp_path, capsys):
+    output = tmp_path / "a.jsonl"
+    run(output, "--mode", "thinking", "--limit", 100, "--think-budget", 25)
+    capsys.readouterr()
+    benchmark.main(["--json", str(output)])
+    scored = json.loads(capsys.readouterr().out)[0]
+    assert (scored["unfinished"], scored["truncated"]) == (0, 0) and scored["forced"] > 90
+
+
+def test_where_positions_are_few_the_thought_gives_way_to_the_answer(tmp_path):
+    run(tmp_path / "a.jsonl", "--mode", "thinking", "--limit", 1, "--think-budget", 1900)
+    row = rows(tmp_path / "a.jsonl")[0]
+    assert row["finish_reason"] == "stop" and row["forced"] is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--mode", "cot", "--think-budget", 5), "--think-budget: goes with --mode thinking or chatml_think_prefill"),
+        (("--mode", "thinking", "--think-budget", 100, "--max-new-tokens", 110), "no room to answer"),
+        (("--mode", "thinking", "--think-budget", 0), "must be 1 or more"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(flags, told, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", "--limit", 1, *flags)
+    assert told in capsys.readouterr().err
