@@ -1,5 +1,7 @@
 # make demo   install, answer the demo's problems in five modes, print and draw the table
 # make test   install, lint, test
+# make reproduce  every published row, its controls and better recipes: MODEL=demo/model DATASET=demo/problems for the demo
+# make self-train  the demo learns from its own right answers, beside plain fine-tuning
 # make demo-train  fine-tune the demo's model fully and with LoRA, at the published rate and at its own best
 # make bench  measure generation against transformers' generate, and training against TRL's defaults
 # make demo-model  make the demo's problems, tokenizer and model anew
@@ -9,7 +11,8 @@ PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = --model-id demo/model --dataset demo/problems
 
-.PHONY: help install demo demo-train demo-model test bench record-demo record-demo-train
+.SECONDARY:
+.PHONY: help install demo demo-train demo-model test bench record-demo record-demo-train reproduce report self-train
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -57,8 +60,168 @@ try/base:
 try/%:
 	$(ANSWER) --model-id outputs/demo-train/$* --output outputs/demo-train/test/$(subst /,_,$*).jsonl $(QUIETLY)
 
+# ---- Reproduction: `make row/NAME` runs one row, `make rows/GROUP` a group, `make -n reproduce` shows all commands.
+# A row is run on where it stopped, left alone where it is finished, and made again where its record differs.
+
+MODEL ?= Qwen/Qwen3-0.6B
+DATASET ?= openai/gsm8k
+HUB ?= AnirudhCheruvu
+OUT ?= outputs/$(MODEL)$(CHECKPOINTS:%=-%)
+RESULTS ?= results/$(MODEL)$(CHECKPOINTS:%=-%)
+TRAINED ?= outputs/$(MODEL)/train
+ifeq ($(MODEL),demo/model)
+# At the demo's size: short trainings over three seeds, two processes of one thread each.
+JOBS ?= 2
+SEEDS ?= 1 2 3
+STEPS ?= 100
+SELF = --learning-rate 1e-3 --max-steps $(STEPS)
+EVAL ?= --eval-questions 200
+TRAIN_LIMIT ?= 1000
+BUDGETS ?= 32 64 128 256
+SMALL = OMP_NUM_THREADS=1 TQDM_DISABLE=1
+else
+JOBS ?= 1
+SEEDS ?= 42
+SELF = --max-steps 400
+BUDGETS ?= 512 1024 2048 4096
+endif
+
+ASK = $(PY) inference.py --overwrite changed --dataset $(DATASET) $(LIMIT:%=--limit %) --output $(OUT)/$(@F).jsonl
+BASE = $(ASK) --model-id $(MODEL)
+PREFILL = --mode chatml_think_prefill --max-new-tokens 1024
+SAMPLED = --do-sample --temperature 0.6 --top-p 0.95 --top-k 20
+THINKING = --mode thinking $(SAMPLED) --max-new-tokens 4096
+TRAIN = train.py --overwrite changed --model-id $(MODEL) --dataset $(DATASET) --output-dir $(TRAINED)/$(@F) $(STEPS:%=--max-steps %) $(EVAL)
+FULL = $(PY) $(TRAIN)
+LORA = $(PY) $(TRAIN:train.py%=train_lora.py%)
+OLD = --epochs 6 --learning-rate 1e-6 --lr-scheduler cosine --batch-size 12 --patience 2
+OLD_LORA = $(OLD) --alpha 16 --dropout 0.05 --target-modules q_proj,v_proj --dtype fp32
+
+# The published rows: their decoding and training, this project's wording.
+PUBLISHED_ROWS = zero_shot_model_outputs cot_model_outputs few_shot_model_outputs Updated_few_shot_model_outputs \
+	thinking_model_outputs_reduced_batch BF16-thinking_model_outputs_reduced_batch Qwen3-GSM8k-SFT-FP32-eval-score \
+	Qwen3-GSM8k-SFT-FP32-temp0 Qwen3-GSM8k-SFT-FP32-temp06 Qwen3-GSM8k-SFT-BF16-temp0 \
+	Qwen3-GSM8k-LoRA-r4-FP32-eval-score Qwen3-GSM8k-LoRA-r32-FP32-eval-score
+row/zero_shot_model_outputs: ; $(BASE) --mode zero_shot --max-new-tokens 512
+row/cot_model_outputs: ; $(BASE) --mode cot --max-new-tokens 512
+row/few_shot_model_outputs: ; $(BASE) --mode few_shot --few-shot-k 3 --max-new-tokens 512
+row/Updated_few_shot_model_outputs: ; $(BASE) --mode few_shot --few-shot-k 3 --few-shot-style turns --max-new-tokens 512
+row/thinking_model_outputs_reduced_batch: ; $(BASE) --mode thinking $(SAMPLED) --max-new-tokens 1024 --dtype fp32
+row/BF16-thinking_model_outputs_reduced_batch: ; $(BASE) --mode thinking $(SAMPLED) --max-new-tokens 1024 --dtype bf16
+row/Qwen3-GSM8k-SFT-FP32-eval-score: train/Qwen3-GSM8k-SFT-FP32-eval-score
+	$(ASK) --model-id $(WEIGHTS)/Qwen3-GSM8k-SFT-FP32-eval-score $(PREFILL) --dtype fp32
+row/Qwen3-GSM8k-SFT-FP32-temp0: train/Qwen3-GSM8k-SFT-FP32
+	$(ASK) --model-id $(WEIGHTS)/Qwen3-GSM8k-SFT-FP32 $(PREFILL) --dtype fp32
+row/Qwen3-GSM8k-SFT-FP32-temp06: train/Qwen3-GSM8k-SFT-FP32
+	$(ASK) --model-id $(WEIGHTS)/Qwen3-GSM8k-SFT-FP32 $(PREFILL) $(SAMPLED) --max-new-tokens 2048 --dtype fp32
+row/Qwen3-GSM8k-SFT-BF16-temp0: train/Qwen3-GSM8k-SFT-BF16
+	$(ASK) --model-id $(WEIGHTS)/Qwen3-GSM8k-SFT-BF16 $(PREFILL) --dtype bf16
+row/Qwen3-GSM8k-LoRA-r4-FP32-eval-score: train/Qwen3-GSM8k-LoRA-r4-FP32-eval-score
+	$(ASK) --model-id $(WEIGHTS)/Qwen3-GSM8k-LoRA-r4-FP32-eval-score $(PREFILL) --dtype fp32
+row/Qwen3-GSM8k-LoRA-r32-FP32-eval-score: train/Qwen3-GSM8k-LoRA-r32-FP32-eval-score
+	$(ASK) --model-id $(WEIGHTS)/Qwen3-GSM8k-LoRA-r32-FP32-eval-score $(PREFILL) --dtype fp32
+
+# Where their weights come from: own training, or with CHECKPOINTS=published the hub.
+ifeq ($(CHECKPOINTS),published)
+WEIGHTS = $(HUB)
+train/Qwen3-GSM8k-%: ;
+else
+WEIGHTS = $(TRAINED)
+train/Qwen3-GSM8k-SFT-FP32-eval-score: ; $(FULL) $(OLD) --dtype fp32
+train/Qwen3-GSM8k-SFT-FP32: ; $(FULL) $(OLD) --dtype fp32 --eval-questions 0
+train/Qwen3-GSM8k-SFT-BF16: ; $(FULL) $(OLD) --dtype bf16 --eval-questions 0
+train/Qwen3-GSM8k-LoRA-r4-FP32-eval-score: ; $(LORA) $(OLD_LORA) --rank 4
+train/Qwen3-GSM8k-LoRA-r32-FP32-eval-score: ; $(LORA) $(OLD_LORA) --rank 32
+endif
+
+# Controls: without them 66.7 against 48.1 compares mode, decoding and token limit at once.
+CONTROL_ROWS = base-prefill-1024 base-prefill-4096 thinking-4096 SFT-FP32-eval-score-cot SFT-FP32-cot SFT-BF16-cot
+row/base-prefill-1024: ; $(BASE) $(PREFILL)
+row/base-prefill-4096: ; $(BASE) $(PREFILL) --max-new-tokens 4096
+row/thinking-4096: ; $(BASE) $(THINKING) --num-samples 4
+row/SFT-%-cot: train/Qwen3-GSM8k-SFT-%
+	$(ASK) --model-id $(WEIGHTS)/Qwen3-GSM8k-SFT-$* --mode cot --max-new-tokens 512
+
+# Better recipes: this project's default rates, greedy, each seed a training.
+RECIPES = sft lora-r4 lora-r32 sft-without-annotations
+RECIPE_ROWS = $(foreach recipe,$(RECIPES),$(SEEDS:%=$(recipe)-seed%))
+row/%: train/% ; $(ASK) --model-id $(TRAINED)/$* $(PREFILL)
+train/sft-seed%: ; $(FULL) --seed $*
+train/sft-without-annotations-seed%: ; $(FULL) --strip-annotations --seed $*
+train/lora-r4-seed%: ; $(LORA) --rank 4 --seed $*
+train/lora-r32-seed%: ; $(LORA) --rank 32 --seed $*
+
+# Past the published accuracy: thinking budgets, votes, and training on own right answers instead of the references.
+PAST_ROWS = $(BUDGETS:%=thinking-budget-%) maj8 $(SELF_ROWS)
+SELF_ROWS = $(foreach data,own-answers references,$(SEEDS:%=$(data)-seed%))
+row/thinking: ; $(BASE) --mode thinking $(SAMPLED) --think-budget $(BUDGETS)
+row/thinking-budget-%: row/thinking ;
+row/maj8: ; $(BASE) $(THINKING) --num-samples 8
+row/own-answers-seed%: train/own-answers-seed% ; $(ASK) --model-id $(TRAINED)/$(@F) $(THINKING) --num-samples 4
+row/references-seed%: train/references-seed% ; $(ASK) --model-id $(TRAINED)/$(@F) $(THINKING) --num-samples 4
+train/own-answers-seed%: keep ; $(FULL) $(SELF) --completions $(OUT)/right.jsonl --seed $*
+train/references-seed%: ; $(FULL) $(SELF) --seed $*
+keep: row/of-train ; $(PY) benchmark.py $(OUT)/of-train.jsonl --keep-correct $(OUT)/right.jsonl
+row/of-train: LIMIT = $(TRAIN_LIMIT)
+row/of-train: ; $(BASE) --split train $(THINKING) --num-samples 4
+
+ROWS = $(PUBLISHED_ROWS) $(CONTROL_ROWS) $(RECIPE_ROWS) $(PAST_ROWS)
+rows/published: $(PUBLISHED_ROWS:%=row/%)
+rows/controls: $(CONTROL_ROWS:%=row/%)
+rows/recipes: $(RECIPE_ROWS:%=row/%)
+rows/past: $(PAST_ROWS:%=row/%)
+rows/self: $(SELF_ROWS:%=row/%)
+reproduce: .venv/installed
+	$(SMALL) $(MAKE) --no-print-directory -j$(JOBS) $(ROWS:%=row/%)
+	$(MAKE) --no-print-directory report
+self-train: .venv/installed
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 MODEL=demo/model DATASET=demo/problems row/thinking-4096 rows/self
+	$(MAKE) --no-print-directory MODEL=demo/model DATASET=demo/problems compare/self
+
+# The comparisons that carry the claims, each a family of paired tests.
+COMPARE = $(PY) benchmark.py --compare --pool-seeds --markdown $(COMPARED_$(1):%=$(OUT)/%.jsonl)
+COMPARED_prompting = zero_shot_model_outputs cot_model_outputs few_shot_model_outputs $(BEST_PUBLISHED)
+COMPARED_fine-tuning = base-prefill-1024 $(filter Qwen3-GSM8k%-temp0 Qwen3-GSM8k%-eval-score,$(PUBLISHED_ROWS))
+COMPARED_fine-tuning-in-cot = cot_model_outputs $(filter SFT-%,$(CONTROL_ROWS))
+COMPARED_thinking-or-fine-tuned = $(BEST_PUBLISHED) thinking-4096 base-prefill-4096 Qwen3-GSM8k-SFT-BF16-temp0
+COMPARED_recipes = base-prefill-1024 $(RECIPE_ROWS)
+COMPARED_self = thinking-4096 $(SELF_ROWS)
+BEST_PUBLISHED = BF16-thinking_model_outputs_reduced_batch
+compare/%: ; @$(call COMPARE,$*)
+
+# What the rows came to, for reading: results/MODEL/README.md, its pictures, and every row's answers beside it.
+PAGE = $(RESULTS)/README.md
+TABLE = $(PY) benchmark.py --markdown --commands --pool-seeds $(1:%=$(OUT)/%.jsonl) --plot $(RESULTS)/$(2).png $(3) >>$(PAGE)
+HEADING = printf '\n\043\043 %s\n\n' "$(1)" >>$(PAGE)
+FAMILY = $(call HEADING,Compared: $(1)) && $(call COMPARE,$(1)) >>$(PAGE)
+PICTURE = printf '\n![%s](%s.png)\n' "$(1)" $(1) >>$(PAGE)
+report:
+	mkdir -p $(RESULTS)/train
+	for row in $(ROWS); do gzip -9nc $(OUT)/$$row.jsonl >$(RESULTS)/$$row.jsonl.gz && cp $(OUT)/$$row.run.json $(RESULTS)/ || exit; done
+	for run in $(TRAINED)/*/train.run.json; do cp $$run $(RESULTS)/train/$$(basename $$(dirname $$run)).run.json; done
+	printf '\043 %s\n' "$(MODEL) on $(DATASET), by make reproduce" >$(PAGE)
+	$(call HEADING,The published rows)
+	$(call TABLE,$(PUBLISHED_ROWS),published,--published)
+	$(call PICTURE,published)
+	$(call HEADING,Controls)
+	$(call TABLE,$(CONTROL_ROWS),controls)
+	$(call PICTURE,controls)
+	$(call HEADING,Better recipes)
+	$(call TABLE,base-prefill-1024 $(RECIPE_ROWS),recipes)
+	$(call PICTURE,recipes)
+	$(call HEADING,Past the published accuracy)
+	$(call TABLE,thinking-4096 $(PAST_ROWS),past)
+	$(call PICTURE,past)
+	$(call FAMILY,prompting)
+	$(call FAMILY,fine-tuning)
+	$(call FAMILY,fine-tuning-in-cot)
+	$(call FAMILY,thinking-or-fine-tuned)
+	$(call FAMILY,recipes)
+	$(call FAMILY,self)
+
+# One thread: a model this small gains nothing from a second, and its sums come out in the same order every time.
 demo-model: .venv/installed
-	$(PY) -m demo.make
+	OMP_NUM_THREADS=1 $(PY) -m demo.make
 
 test: .venv/installed-tests
 	.venv/bin/ruff check .

@@ -260,7 +260,7 @@ def name_runs(runs):
     names = Counter(run.name for run in runs)
     for run in runs:
         if names[run.name] > 1:
-            run.name = str(run.path.with_suffix(""))
+            run.name = str(bare(run.path))
     return runs
 
 
@@ -345,7 +345,12 @@ def score_rows(path, options, prefilled, keep):
             rows.published.append(published)
             rows.answers.append(-1 if reading.number is None else hash((reading.number,)))
     questions = count_questions(path, rows) if keep else counts["lines"]
-    return Run((path,), path.name.removesuffix(".jsonl"), questions, counts, len(bad), prefilled, rows if keep else None)
+    return Run((path,), bare(path).name, questions, counts, len(bad), prefilled, rows if keep else None)
+
+
+def bare(path):
+    """The path without .jsonl or .jsonl.gz, which is the run's name."""
+    return Path(str(path).removesuffix(".gz").removesuffix(".jsonl"))
 
 
 def count_questions(path, rows):
@@ -563,7 +568,7 @@ def load_published(runs):
     known = json.loads(PUBLISHED_FILE.read_text())
     found = {}
     for run in runs:
-        row = known["rows"].get(run.path.name.removesuffix(".jsonl"))
+        row = known["rows"].get(bare(run.path).name)
         if row:
             source = "file" if row["published"] is None else "readme"
             accuracy = row["file"] if row["published"] is None else row["published"]
@@ -591,7 +596,7 @@ def compare_protocol(run, wanted):
 def read_record(path):
     """The run record beside a file, or None where there is none that can be read."""
     try:
-        record = read_json(path.with_suffix(".run.json"))
+        record = read_json(f"{bare(path)}.run.json")
     except UserError:
         return None
     return record if is_run_record(record) else None

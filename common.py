@@ -14,6 +14,7 @@ import datetime
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -1329,13 +1331,13 @@ def first_line(error):
 
 
 def read_jsonl(path, required=(), bad=None):
-    """Yield (line number, object) for every line that is not blank.
+    """Yield (line number, object) for every line that is not blank; a name that ends in .gz is decompressed.
 
     A line that is not UTF-8, not JSON, not an object or lacks a required key is a UserError that
     names the file, the line and the key; given a list `bad`, its number goes there instead.
     """
     try:
-        with open(path, "rb") as file:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -1347,8 +1349,8 @@ def read_jsonl(path, required=(), bad=None):
                     bad.append(number)
                     continue
                 yield number, row
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:  # the latter two: a damaged .gz
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from error
 
 
 def parse_json_line(path, number, line, required=()):

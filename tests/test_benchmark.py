@@ -1,5 +1,6 @@
 """`benchmark.py` from its command line: what it counts, what it refuses, how it prints."""
 
+import gzip
 import json
 import os
 import re
@@ -494,3 +495,15 @@ def test_the_picture_draws_accuracy_against_thinking_budget(write, tmp_path, mon
         (tmp_path / f"{name}.run.json").write_text(json.dumps(record))
     benchmark.main([*files, "--plot", str(tmp_path / "a.png")])
     assert (64, 128, 256) in drawn and (64,) in drawn and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_compressed_file_is_read_as_it_was(write, score, refuse, tmp_path):
+    plain = write([line(), line(1, "#### 1")])
+    compressed = tmp_path / "run.jsonl.gz"
+    compressed.write_bytes(gzip.compress((tmp_path / "run.jsonl").read_bytes()))
+    assert {key: value for key, value in score(str(compressed))[0].items() if key != "path"} == {
+        key: value for key, value in score(plain)[0].items() if key != "path"
+    }
+    for damaged in (compressed.read_bytes()[:-12], b"no gzip", compressed.read_bytes()[:30] + b"x" * 40):
+        compressed.write_bytes(damaged)
+        assert "run.jsonl.gz: cannot be read" in refuse(str(compressed))
