@@ -986,19 +986,25 @@ def annotate_runs(axis, spots, near):
 
 
 def keep_correct(runs, options):
-    """Write the distinct right completions of the runs, of each question the shortest, in the order of ids."""
+    """Write the distinct right completions of the runs, of each question the shortest, in the order of ids.
+
+    Only what the model wrote to its end by itself: a completion that was cut would teach it not to stop,
+    one whose thought was closed for it to write what closed it.
+    """
     for run in runs:
         refuse_test_split(run)
     right = {}
     for run in runs:
+        system_prompt = read_record(run.path)["decides"].get("system_prompt")
         for row, _, status in read_again(run, options):
-            if status == "right":
-                right.setdefault((str(type(row.id)), row.id, row.question), {}).setdefault(row.text, row)
-    keys = (*PUBLISHED_KEYS, "mode", "sample", "thinking_open")
+            if status == "right" and row.finish_reason != "length" and not row.forced:
+                key = str(type(row.id)), row.id, row.question
+                right.setdefault(key, {}).setdefault(row.text, (row, system_prompt))
+    keys = (*PUBLISHED_KEYS, "mode", "sample", "thinking_open", "system_prompt")
     lines = []
     for _, completions in sorted(right.items()):
-        for row in sorted(completions.values(), key=lambda row: (len(row.text), row.text))[: options.keep_most]:
-            values = row.id, row.question, row.text, row.answer, row.mode, row.sample, row.thinking_open
+        for _, (row, system_prompt) in sorted(completions.items(), key=lambda item: (len(item[0]), item[0]))[: options.keep_most]:
+            values = row.id, row.question, row.text, row.answer, row.mode, row.sample, row.thinking_open, system_prompt
             lines.append(json.dumps(dict(zip(keys, values, strict=True))) + "\n")
     try:
         write_atomically(options.keep_correct, "".join(lines))

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -49,10 +50,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, argv=None):
-        for text in sys.argv[1:] if argv is None else argv:
+        """The flags, and as `command` the whole command, for the run record."""
+        argv = sys.argv[1:] if argv is None else argv
+        for text in argv:
             if not is_text(text):
                 raise UserError(f"argument {text!a}: is not UTF-8 text")
-        return super().parse_args(argv)
+        args = super().parse_args(argv)
+        args.command = shlex.join(["python", self.prog, *argv])
+        return args
 
 
 def at_least(least, most=2**31 - 1):
@@ -1416,11 +1421,12 @@ class RunOutput:
         self.totals = dict.fromkeys(("answers", "prompt_tokens", "output_tokens", "hit_limit"), 0)
 
     @contextlib.contextmanager
-    def opened(self, record, overwrite=False):
+    def opened(self, record, overwrite=None):
         """Lock, compare with the run record on disk, find what is done; release at the end.
 
-        Raises UserError where another process writes, where the record on disk was made by a run
-        that decides differently, or where a file cannot be written.
+        overwrite: "always" drops what is there, "changed" what a run that decides differently made.
+        Raises UserError where another process writes, where without `overwrite` the record on disk
+        was made by a run that decides differently, or where a file cannot be written.
         """
         with self.named_errors():
             if self.path.is_dir():
@@ -1433,11 +1439,7 @@ class RunOutput:
             for name in (self.path.name, self.record_path.name):  # of a process killed while it wrote one
                 for stray in self.path.parent.glob(f".{glob.escape(name)}.*.tmp"):
                     stray.unlink()
-            if overwrite:
-                self.part.truncate(0)
-                self.path.unlink(missing_ok=True)
-                self.record_path.unlink(missing_ok=True)
-            segments = self.earlier_segments(record)
+            segments = self.earlier_segments(record, overwrite)
             self.repair_part()
             self.index(self.path)
             self.index(self.part_path)
@@ -1471,19 +1473,32 @@ class RunOutput:
         except OSError as error:
             raise UserError(f"{self.path}: another process is writing it; wait for it or pass another --output") from error
 
-    def earlier_segments(self, new):
+    def earlier_segments(self, new, overwrite):
         """The segments of the run record on disk, which must decide as the new one does."""
-        if self.record_path.exists():
-            old = read_json(self.record_path)
-            compare_records(self.record_path, old, new)
-            note_changes(old["segments"][-1], new["segments"][-1])
-            return old["segments"]
-        if self.path.exists() or self.part_size():
-            raise UserError(
-                f"{self.path}: exists without its run record {self.record_path.name}; "
-                "pass --overwrite or another --output"
-            )
+        try:
+            if overwrite == "always":
+                self.drop()
+            elif self.record_path.exists():
+                old = read_json(self.record_path)
+                compare_records(self.record_path, old, new)
+                note_changes(old["segments"][-1], new["segments"][-1])
+                return old["segments"]
+            elif self.path.exists() or self.part_size():
+                raise UserError(
+                    f"{self.path}: exists without its run record {self.record_path.name}; "
+                    "pass --overwrite or another --output"
+                )
+        except UserError as error:
+            if overwrite != "changed":
+                raise
+            log(f"made again: {str(error).partition(';')[0]}")
+            self.drop()
         return []
+
+    def drop(self):
+        self.part.truncate(0)
+        self.path.unlink(missing_ok=True)
+        self.record_path.unlink(missing_ok=True)
 
     def complete(self, segments):
         """Give a killed segment what it could not write: its answers, and the time of the last one."""

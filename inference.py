@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -96,7 +95,7 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser("inference.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model-id", default="Qwen/Qwen3-0.6B", help="hub id or folder of a model or LoRA adapter (default %(default)s)")
     add("--dataset", default="openai/gsm8k", help="hub id, or folder with train.jsonl and test.jsonl (default %(default)s)")
@@ -120,11 +119,11 @@ def parse_args(argv):
     add("--dtype", choices=DTYPES, help="precision of weights and compute (default bf16 on CUDA, else fp32)")
     add("--device", help="torch device, such as cuda:1 (default cuda where there is one, else cpu)")
     add("--output", type=Path, help="JSONL to write (default outputs/MODE_model_outputs.jsonl)")
-    add("--overwrite", action="store_true", help="drop what --output holds and begin anew")
+    add("--overwrite", nargs="?", const="always", choices=("always", "changed"),
+        help="drop what --output holds and begin anew; `changed`: only where another command made it")  # fmt: skip
     add("--save-txt", action="store_true", help="also write the answers as readable text beside the JSONL")
     add("--print-prompts", type=at_least(1), metavar="N", help="show the first N prompts with their token ids and stop")
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", "inference.py", *(sys.argv[1:] if argv is None else argv)])
     fill_defaults(args)
     return args
 
@@ -233,6 +232,7 @@ def run_record(args, files, tokenizer, questions, prompts, device, dtype):
         "few_shot_style": args.few_shot_style if few_shot else None,
         "thinking_switch": switch,
         "prompt": prompts[0],
+        "system_prompt": args.system_prompt,
         "max_new_tokens": args.max_new_tokens,
         "think_budget": args.think_budget,
         "early_stop": EARLY_STOP if args.think_budget else None,

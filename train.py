@@ -27,12 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import (
+    MODES,
     ArgumentParser,
     Decoding,
     Request,
     Terminated,
     UserError,
     at_least,
+    build_prompt,
     chatml_think_prefill,
     command_line,
     compare_records,
@@ -41,6 +43,7 @@ from common import (
     first_line,
     free_memory,
     generate,
+    hash_file,
     hash_questions,
     load_model,
     load_questions,
@@ -49,20 +52,22 @@ from common import (
     printable,
     read_gold,
     read_json,
+    read_jsonl,
     score_final,
     strip_annotations,
+    thinking_is_open,
     write_atomically,
 )
 
 RECORD = "train.run.json"
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
-EVAL_MAX_NEW_TOKENS = 512  # the longest reference completion of GSM8K's train split has 456 tokens
+EVAL_MAX_NEW_TOKENS = 512  # the longest reference completion of GSM8K's train split has 456 tokens; more where rows are longer
 IGNORED = -100  # the label of a token that is not trained, as torch's cross_entropy has it
 
 
 @command_line
 def main(argv=None):
-    args = build_parser(__doc__, learning_rate=2e-5, rate_source="TRL's SFTConfig").parse_args(argv)
+    args = build_parser("train.py", __doc__, learning_rate=2e-5, rate_source="TRL's SFTConfig").parse_args(argv)
     return fine_tune(args, load_full_model)
 
 
@@ -72,17 +77,18 @@ def fine_tune(args, build_model):
     files = find_model(args.model_id)
     tokenizer = load_tokenizer(files)
     training, held_out = split_questions(args, load_questions(args.dataset, "train"))
-    rows, held_out_rows = encode_parts(args, files, tokenizer, training, held_out)
+    ask, *pairs = choose_pairs(args, tokenizer, training, held_out)
+    rows, held_out_rows = encode_parts(args, files, tokenizer, *pairs)
     show_examples(rows[:2], tokenizer)
     device = own_device()
     model = build_model(args, files, device)
     parts = fit_into_memory(args, model, device, rows)
-    record = run_record(args, files, training, held_out, device, parts)
+    record = run_record(args, files, training, held_out, pairs[0][0], device, parts)
     if not claim_folder(args, record):
         return 0
     checkpoint = last_checkpoint(args.output_dir) if args.resume else None
     config = build_config(args, parts, len(rows), checkpoint)
-    trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out)
+    trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out, ask)
     begun = time.perf_counter()
     train(trainer, checkpoint)
     record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
@@ -95,8 +101,8 @@ def fine_tune(args, build_model):
 # ------------------------------------------------------------------------------------------
 
 
-def build_parser(description, learning_rate, rate_source):
-    parser = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser(prog, description, learning_rate, rate_source):
+    parser = ArgumentParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model-id", default="Qwen/Qwen3-0.6B", help="hub id or folder of the model to start from (default %(default)s)")
     add("--dataset", default="openai/gsm8k", help="hub id, or folder with train.jsonl (default %(default)s)")
@@ -119,7 +125,12 @@ def build_parser(description, learning_rate, rate_source):
         "eval_loss does (default %(default)s: a standard error of 2.2 points)")  # fmt: skip
     add("--patience", type=at_least(1), help="stop after so many evaluations without a new best (default never)")
     add("--strip-annotations", action="store_true", help="train on answers without GSM8K's <<48/2=24>>")
+    add("--completions", type=Path, metavar="FILE.jsonl",
+        help="train on the model's own right answers, as benchmark.py --keep-correct writes them, not on the references")  # fmt: skip
     add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir, if there is one")
+    add("--overwrite", nargs="?", const="always", choices=("always", "changed"),
+        help="drop the run that --output-dir holds and begin anew; `changed`: only where it was made by another "
+        "command, else --resume")  # fmt: skip
     add("--push-to-hub", metavar="REPO_ID", help="upload the finished folder to the hub")
     return parser
 
@@ -145,6 +156,11 @@ def check_arguments(args):
     """What can be refused before anything is loaded."""
     import torch
 
+    if args.overwrite == "always" and args.resume:
+        raise UserError("--overwrite drops the run that --resume would go on with: pass one of them")
+    args.resume = args.resume or args.overwrite == "changed"
+    if args.completions and args.strip_annotations:
+        raise UserError("--strip-annotations: is for reference answers, and --completions takes others in their place")
     if args.eval_questions > args.eval_size:
         raise UserError(f"--eval-questions {args.eval_questions}: only --eval-size {args.eval_size} are held out")
     parts = processes() * args.gradient_accumulation
@@ -206,6 +222,46 @@ def split_questions(args, questions):
     return kept, held_out
 
 
+def choose_pairs(args, tokenizer, training, held_out):
+    """How a question is asked, and the (prompt, completion) pairs to train and to evaluate on."""
+    if not args.completions:
+        return chatml_think_prefill, *(target_pairs(part, args.strip_annotations) for part in (training, held_out))
+    lines = read_completions(args, {question.question for question in training + held_out})
+    mode, system_prompt = lines[0]["mode"], lines[0].get("system_prompt")
+
+    def ask(question):
+        return build_prompt(mode, question, tokenizer, system_prompt=system_prompt)
+
+    pairs = []
+    for name, part in (("training", training), ("held-out", held_out)):
+        texts = {question.question for question in part}
+        pairs.append([(ask(row["question"]), f"{row['model_output']}<|im_end|>") for row in lines if row["question"] in texts])
+        if not pairs[-1]:
+            raise UserError(f"--completions {args.completions}: holds none of the {len(part)} {name} questions; sample more")
+    note(f"{len(lines)} completions of mode {mode}: {len(pairs[0])} to train on, {len(pairs[1])} of held-out questions")
+    return ask, *pairs
+
+
+def read_completions(args, known):
+    """The lines of --completions: all of one mode and system prompt, all of the train split's questions."""
+    lines, first = [], None
+    for number, row in read_jsonl(args.completions, ("question", "model_output", "mode")):
+        place, asked = f"--completions {args.completions}:{number}", (row["mode"], row.get("system_prompt"))
+        if row["mode"] not in MODES or row["mode"] == "few_shot":
+            raise UserError(f"{place}: mode {row['mode']!r}: a prompt of it cannot be built from the question alone")
+        if asked != (first or asked):
+            raise UserError(f"{place}: another mode or system prompt than on line 1; keep one run's completions a file")
+        if row["question"] not in known:
+            raise UserError(f"{place}: its question is not of the train split of {args.dataset}")
+        if not isinstance(row["model_output"], str):
+            raise UserError(f"{place}: 'model_output' must be text, this is {type(row['model_output']).__name__}")
+        first = asked
+        lines.append(row)
+    if not lines:
+        raise UserError(f"--completions {args.completions}: holds no completion")
+    return lines
+
+
 def target_pairs(questions, without_annotations=False):
     """(prompt, completion) of every question: what inference asks, and what the model learns to write."""
     clean = strip_annotations if without_annotations else str
@@ -247,12 +303,11 @@ def encode_rows(name, pairs, tokenizer, positions):
 
 
 def encode_parts(args, files, tokenizer, training, held_out):
-    """The rows to train on and the rows to evaluate on, as many as the model's positions can hold."""
+    """The rows of pairs to train on and the rows to evaluate on, as many as the model's positions can hold."""
     config = read_json((files.base or files).folder / "config.json")
     positions = config.get("text_config", config).get("max_position_embeddings") or sys.maxsize
     rows, held_out_rows = (
-        encode_rows(name, target_pairs(part, args.strip_annotations), tokenizer, positions)
-        for name, part in (("training", training), ("held-out", held_out))
+        encode_rows(name, pairs, tokenizer, positions) for name, pairs in (("training", training), ("held-out", held_out))
     )
     if len(rows) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size}: more than the {len(rows)} examples there are to train on")
@@ -298,20 +353,21 @@ def epoch_order(lengths, batch_size, seed, epoch):
 # ------------------------------------------------------------------------------------------
 
 
-def run_record(args, files, training, held_out, device, parts):
+def run_record(args, files, training, held_out, pair, device, parts):
     """What decides the weights and what describes this run, as inference.py records it."""
-    described = ("model_id", "dataset", "output_dir", "gradient_accumulation", "resume", "push_to_hub")
-    prompt, completion = target_pairs(training[:1], args.strip_annotations)[0]
+    described = ("model_id", "dataset", "output_dir", "gradient_accumulation", "resume", "overwrite", "push_to_hub", "command")
     decides = {name: value for name, value in vars(args).items() if name not in described}
     decides |= {
         "training_sha256": hash_questions(training),
         "held_out_sha256": hash_questions(held_out),
-        "prompt": prompt,
-        "completion": completion,
+        "prompt": pair[0],
+        "completion": pair[1],
+        "completions": hash_file(args.completions) if args.completions else None,
     } | {f"sha256 of {name}": value for name, value in files.hashes().items()}
     segment = {
         "model": args.model_id,
         "dataset": args.dataset,
+        "command": args.command,
         "processes": processes(),
         "gradient_accumulation": parts,
         "seconds": None,
@@ -323,25 +379,49 @@ def claim_folder(args, record):
     """Make the folder this run's own; False where it is finished. UserError where it holds another run."""
     folder, path = args.output_dir, args.output_dir / RECORD
     if not is_main():
-        return not (args.resume and path.exists() and read_json(path)["result"])
+        return not (args.resume and is_finished(path, record))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = sorted(entry.name for entry in folder.iterdir())
         if path.exists():
-            if not args.resume:
-                raise UserError(f"--output-dir {folder}: holds another run; pass --resume or another folder")
-            old = read_json(path)
-            compare_records(path, old, record, "pass the same flags, or another --output-dir")
-            if old["result"]:
-                note(f"{folder}: finished already")
-                return False
-            record["segments"] = old["segments"] + record["segments"]
-        elif held:
+            drop_or_go_on(args, path, record)
+        held = sorted(entry.name for entry in folder.iterdir())
+        if held and not path.exists():
             raise UserError(f"--output-dir {folder}: holds {held[0]!r} and no {RECORD}; pass an empty folder")
+        if is_finished(path, record):
+            note(f"{folder}: finished already")
+            return False
         write_record(args, record)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written: {error.strerror}") from error
     return True
+
+
+def is_finished(path, record):
+    """Whether the run of this record stands there, finished."""
+    try:
+        old = read_json(path)
+        compare_records(path, old, record)
+    except UserError:  # none there, or another
+        return False
+    return bool(old["result"])
+
+
+def drop_or_go_on(args, path, record):
+    """Take over the segments of the run in the folder, or empty it, as --resume and --overwrite say."""
+    try:
+        if args.overwrite != "always":
+            if not args.resume:
+                raise UserError(f"--output-dir {args.output_dir}: holds another run; pass --resume, --overwrite or another folder")
+            old = read_json(path)
+            compare_records(path, old, record, "pass the same flags, --overwrite, or another --output-dir")
+            record["segments"] = old["segments"] + record["segments"]
+            return
+    except UserError as error:
+        if args.overwrite != "changed":
+            raise
+        note(f"made again: {str(error).partition(';')[0]}")
+    for entry in args.output_dir.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def write_record(args, record):
@@ -475,7 +555,7 @@ def build_config(args, parts, examples, checkpoint=None):
     )
 
 
-def build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out):
+def build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out, ask):
     from datasets import Dataset
     from trl import SFTTrainer
 
@@ -488,7 +568,8 @@ def build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out)
     )
     trainer.order = EpochOrder(trainer, [len_ids(row) for row in rows], args.batch_size, args.seed)
     trainer.patience = args.patience
-    trainer.questions = held_out[: args.eval_questions]
+    trainer.questions, trainer.ask = held_out[: args.eval_questions], ask
+    trainer.most_new_tokens = max(EVAL_MAX_NEW_TOKENS, *(sum(label != IGNORED for label in row["labels"]) for row in rows))
     trainer.card = lambda: model_card(args, trainer)
     return trainer
 
@@ -596,11 +677,11 @@ class Scoring:
             return 0, 0
         tokenizer, model = self.processing_class, self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        prompts = [chatml_think_prefill(item.question) for item in questions]
-        prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        texts = [self.ask(item.question) for item in questions]
+        prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         requests = [
-            Request(i, 0, prompt, min(EVAL_MAX_NEW_TOKENS, room - len(prompt)))
+            Request(i, 0, prompt, min(self.most_new_tokens, room - len(prompt)))
             for i, prompt in enumerate(prompts)
             if len(prompt) < room
         ]
@@ -608,7 +689,9 @@ class Scoring:
         with self.accelerator.autocast():
             done = generate(model, tokenizer, requests, Decoding(), note=lambda line: None)
             bar = tqdm(done, "eval_score", len(requests), unit="question", leave=False, disable=not is_main())
-            right = sum(score_final(item.text, questions[item.id].answer, True) == "right" for item in bar)
+            right = sum(
+                score_final(item.text, questions[item.id].answer, thinking_is_open(texts[item.id])) == "right" for item in bar
+            )
         return right, len(questions)
 
     def _determine_best_metric(self, metrics, trial):
@@ -740,6 +823,7 @@ def model_card(args, trainer):
         kept = "kept" if step == best else ""
         rows.append(f"| {step} | {row['epoch']:.2f} | {row['eval_loss']:.4f} | {score} | {kept} |")
     method = f"LoRA of rank {args.rank}" if hasattr(args, "rank") else "all weights"
+    targets = "right answers of its own" if args.completions else "reference answers"
     on_hub = not Path(args.model_id).exists()
     return "\n".join(
         [
@@ -751,8 +835,8 @@ def model_card(args, trainer):
             "",
             f"# {args.model_id} fine-tuned on {args.dataset}",
             "",
-            f"Fine-tuned ({method}): {args.epochs} epochs at most, learning rate {args.learning_rate:g}, {args.lr_scheduler},",
-            f"batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.questions)} questions",
+            f"Fine-tuned ({method}) on {targets}: {args.epochs} epochs at most, learning rate {args.learning_rate:g},",
+            f"{args.lr_scheduler}, batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.questions)} questions",
             "held out of the train split, in percent with their standard error; the test split was not read.",
             "",
             "| step | epoch | eval_loss | eval_score | |",
@@ -762,7 +846,7 @@ def model_card(args, trainer):
             "It was trained to go on from this prompt:",
             "",
             "```",
-            chatml_think_prefill("QUESTION"),
+            trainer.ask("QUESTION"),
             "```",
             "",
         ]

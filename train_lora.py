@@ -22,7 +22,7 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = build_parser(__doc__, learning_rate=2e-4, rate_source="QLoRA's; LoRA wants some ten times the full rate")
+    parser = build_parser("train_lora.py", __doc__, learning_rate=2e-4, rate_source="QLoRA's; LoRA wants some ten times the full rate")
     add = parser.add_argument
     regret = "Thinking Machines, LoRA Without Regret"
     add("--rank", type=at_least(1), default=32, help="of the adapters (default %(default)s)")

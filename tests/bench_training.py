@@ -165,7 +165,7 @@ def build(way, model, tokenizer, rows, held_out_rows, rate, seed):
     from trl import SFTTrainer
 
     flags = {"output-dir": tempfile.mkdtemp(), "batch-size": BATCH, "epochs": 1, "seed": seed, "eval-questions": 0}
-    args = train.build_parser("", rate, "").parse_args([f"--{flag}={value}" for flag, value in flags.items()])
+    args = train.build_parser("", "", rate, "").parse_args([f"--{flag}={value}" for flag, value in flags.items()])
     args.dtype = "bf16" if model.device.type == "cuda" else "fp32"
     config = train.build_config(args, 1, len(rows))
     config.eval_strategy = IntervalStrategy.NO
@@ -173,7 +173,7 @@ def build(way, model, tokenizer, rows, held_out_rows, rate, seed):
     config.eval_on_start = config.load_best_model_at_end = False
     config.report_to, config.disable_tqdm, config.logging_steps = [], True, 1000
     if way == "ours":
-        return train.build_trainer(args, config, model, tokenizer, rows, held_out_rows, [])
+        return train.build_trainer(args, config, model, tokenizer, rows, held_out_rows, [], None)
     config.gradient_checkpointing = config.activation_checkpointing = way == "plain"
     config.train_sampling_strategy = "sequential"
     config.padding_free = way == WORSE

@@ -409,8 +409,15 @@ def test_the_shortest_distinct_right_completions_are_kept(train_run, tmp_path, c
     benchmark.main([train_run([*rows, line(0, "#### 1")]), "--keep-correct", str(out), "--keep-most", "2"])
     kept = [json.loads(text) for text in out.read_text().splitlines()]
     assert [row["model_output"] for row in kept] == ["18\n#### 18", "#### 18 eggs"]
-    assert kept[0] == line(1, "18\n#### 18", mode="cot", sample=1, thinking_open=None)
+    assert kept[0] == line(1, "18\n#### 18", mode="cot", sample=1, thinking_open=None, system_prompt=None)
     assert "2 right completions of 1 questions" in capsys.readouterr().err
+
+
+def test_completions_that_the_model_did_not_end_by_itself_are_not_kept(train_run, tmp_path):
+    ends = {"finish_reason": "length"}, {"forced": True}, {"finish_reason": "stop", "forced": False}
+    out = tmp_path / "right.jsonl"
+    benchmark.main([train_run([line(id, **end) for id, end in enumerate(ends)]), "--keep-correct", str(out)])
+    assert [json.loads(text)["id"] for text in out.read_text().splitlines()] == [2]
 
 
 def test_test_answers_are_never_kept_to_train_on(train_run, write, tmp_path):

@@ -98,6 +98,13 @@ def test_runs_that_decide_differently_do_not_mix(tmp_path, capsys):
         run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 99)
     assert re.search(r"max_new_tokens = 512, this run has 99; pass --overwrite", capsys.readouterr().err)
     assert run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 99, "--overwrite") == 0
+    for limit, told in ((99, "finished already"), (50, "made again: ")):
+        run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", limit, "--overwrite", "changed")
+        assert told in capsys.readouterr().out
+    assert common.read_json(tmp_path / "a.run.json")["decides"]["max_new_tokens"] == 50
+    (tmp_path / "a.run.json").unlink()
+    run(tmp_path / "a.jsonl", "--limit", 2, "--overwrite", "changed")
+    assert "exists without its run record" in capsys.readouterr().out
 
 
 def test_a_lora_adapter_answers_as_its_merged_model(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from common import (
     chatml_think_prefill,
     find_model,
     generate,
+    hash_file,
     load_model,
     load_questions,
     load_tokenizer,
@@ -474,3 +476,92 @@ def test_help_is_instant_and_names_its_sources():
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
         text = subprocess.run([sys.executable, f"{script}.py", "--help"], check=True, cwd=ROOT, capture_output=True, text=True)
         assert "Stanford Alpaca" in text.stdout and "QLoRA" in text.stdout
+
+
+# ------------------------------------------------------------------------------------------
+# Own right answers, and redoing
+# ------------------------------------------------------------------------------------------
+
+
+def write_completions(path, problems, mode="thinking", output="<think>\nfour\n</think>\n\n#### 4", **more):
+    rows = [{"question": item["question"], "model_output": output, "mode": mode, **more} for item in problems]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_own_right_answers_are_trained_on_from_the_prompt_that_they_were_sampled_with(dataset, tmp_path, capsys):
+    file = write_completions(tmp_path / "own.jsonl", PROBLEMS[:60], system_prompt="Think.")
+    args = train.build_parser("", "", 1, "").parse_args(flags(dataset, tmp_path / "run", "--completions", file))
+    tokenizer = load_tokenizer(find_model(MODEL))
+    training, held_out = train.split_questions(args, load_questions(str(dataset), "train"))
+    ask, pairs, held_out_pairs = train.choose_pairs(args, tokenizer, training, held_out)
+    question = PROBLEMS[0]["question"]
+    assert ask(question) == build_prompt("thinking", question, tokenizer, system_prompt="Think.")
+    asked = {build_prompt("thinking", item.question, tokenizer, system_prompt="Think.") for item in held_out}
+    assert len(pairs) + len(held_out_pairs) == 60
+    assert {prompt for prompt, _ in held_out_pairs} < asked and not {prompt for prompt, _ in pairs} & asked
+    rows = train.encode_rows("training", pairs, tokenizer, 2048)
+    inference_prompt = tokenizer(pairs[0][0], add_special_tokens=False)["input_ids"]
+    learned = [token for token in rows[0]["labels"] if token != train.IGNORED]
+    assert rows[0]["input_ids"] == inference_prompt + learned
+    assert tokenizer.decode(learned) == "<think>\nfour\n</think>\n\n#### 4<|im_end|>"
+
+
+def test_own_right_answers_train_a_model_and_are_named_by_its_card(dataset, tmp_path, capsys):
+    file = write_completions(tmp_path / "own.jsonl", PROBLEMS, "cot", "Two and two.\n#### 4")
+    assert train.main(flags(dataset, tmp_path / "run", "--max-steps", 2, "--completions", file)) == 0
+    printed = capsys.readouterr().out
+    assert "88 completions of mode cot: 48 to train on, 40 of held-out questions" in printed
+    card = (tmp_path / "run/README.md").read_text()
+    assert "on right answers of its own" in card and "<think>\n\n</think>" in card  # cot's prompt closes the thought
+    assert read_json(tmp_path / "run/train.run.json")["decides"]["completions"] == hash_file(file)
+
+
+def other_question(path):
+    return write_completions(path, [{"question": "A test question?"}])
+
+
+def mixed(path):
+    first, second = (write_completions(path, PROBLEMS[:1], mode).read_text() for mode in ("cot", "thinking"))
+    path.write_text(first + second)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (other_question, r"own.jsonl:1: its question is not of the train split"),
+        (mixed, r"own.jsonl:2: another mode or system prompt than on line 1"),
+        (lambda path: write_completions(path, PROBLEMS[:1], "few_shot"), r"own.jsonl:1: mode 'few_shot'"),
+        (lambda path: write_completions(path, PROBLEMS[:1]), r"holds none of the \d+ (training|held-out) questions"),
+        (lambda path: path.write_text("") and path or path, r"own.jsonl: holds no completion"),
+        (lambda path: path, r"own.jsonl: cannot be read"),
+    ],
+)
+def test_completions_that_cannot_be_trained_on_are_refused(make, told, dataset, tmp_path, capsys):
+    file = make(tmp_path / "own.jsonl")
+    with pytest.raises(SystemExit, match="2"):
+        train.main(flags(dataset, tmp_path / "run", "--completions", file))
+    error = capsys.readouterr().err
+    assert re.search(told, error) and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_command_is_dropped_only_where_overwrite_says_so(dataset, tmp_path, capsys):
+    folder = tmp_path / "run"
+    small = "--max-steps", 1, "--eval-questions", 0
+    train.main(flags(dataset, folder, *small))
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    train.main(flags(dataset, folder, *small, "--overwrite", "changed"))
+    assert "finished already" in capsys.readouterr().out
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="2"):
+        train.main(flags(dataset, folder, *small, "--learning-rate", 2e-3))
+    assert "pass --resume, --overwrite or another folder" in capsys.readouterr().err
+    train.main(flags(dataset, folder, *small, "--learning-rate", 2e-3, "--overwrite", "changed"))
+    assert "made again" in capsys.readouterr().out
+    record = read_json(folder / "train.run.json")
+    assert record["decides"]["learning_rate"] == 2e-3 and len(record["segments"]) == 1
+    (folder / "train.run.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        train.main(flags(dataset, folder, *small, "--overwrite"))
+    assert (folder / "model.safetensors").exists()  # no run record: not a run's folder, so nothing in it is touched
