@@ -124,7 +124,7 @@ row/Qwen3-GSM8k-LoRA-r32-FP32-eval-score: train/Qwen3-GSM8k-LoRA-r32-FP32-eval-s
 # Where their weights come from: own training, or with CHECKPOINTS=published the hub.
 ifeq ($(CHECKPOINTS),published)
 WEIGHTS = $(HUB)
-train/Qwen3-GSM8k-%: ;
+train/Qwen3-GSM8k-%: ; @:
 else
 WEIGHTS = $(TRAINED)
 train/Qwen3-GSM8k-SFT-FP32-eval-score: ; $(FULL) $(OLD) --dtype fp32
@@ -155,7 +155,7 @@ train/lora-r32-seed%: ; $(LORA) --rank 32 --seed $*
 PAST_ROWS = $(BUDGETS:%=thinking-budget-%) maj8 $(SELF_ROWS)
 SELF_ROWS = $(foreach data,own-answers references,$(SEEDS:%=$(data)-seed%))
 row/thinking: ; $(BASE) --mode thinking $(SAMPLED) --think-budget $(BUDGETS)
-row/thinking-budget-%: row/thinking ;
+row/thinking-budget-%: row/thinking ; @:
 row/maj8: ; $(BASE) $(THINKING) --num-samples 8
 row/own-answers-seed%: train/own-answers-seed% ; $(ASK) --model-id $(TRAINED)/$(@F) $(THINKING) --num-samples 4
 row/references-seed%: train/references-seed% ; $(ASK) --model-id $(TRAINED)/$(@F) $(THINKING) --num-samples 4

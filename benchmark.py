@@ -376,9 +376,9 @@ def percent(part, whole):
 
 def accuracy_interval(run, reading):
     """The 95 % interval in percent of a run's accuracy by a reading, "right" or "published"."""
-    if run.several:
-        return clustered(run.rows.questions, getattr(run.rows, reading))
-    return wilson(run.counts[reading], run.n)
+    share = percent(run.counts[reading], run.n)
+    low, high = clustered(run.rows.questions, getattr(run.rows, reading)) if run.several else wilson(run.counts[reading], run.n)
+    return min(low, share), max(high, share)  # where all are right rounding would leave the share outside
 
 
 def wilson(right, n):

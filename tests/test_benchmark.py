@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from math import comb
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -101,6 +103,14 @@ def test_a_file_that_says_nothing_was_prefilled_where_half_of_it_closes_a_though
 def test_one_sample_a_question_has_wilsons_interval(write, score):
     (run,) = score(write([line(i, "#### 18" if i < 8 else "") for i in range(10)]))
     assert run["interval"] == pytest.approx([49.0162, 94.3318], abs=1e-4)  # Wilson (1927) for 8 of 10
+
+
+def test_no_share_lies_outside_its_interval():
+    for n in range(1, 60):
+        for right in {0, 1, n // 2, n}:
+            run = benchmark.Run((Path("a.jsonl"),), "a", n, Counter(lines=n, right=right), 0, False, None)
+            low, high = benchmark.accuracy_interval(run, "right")
+            assert 0 <= low <= benchmark.percent(right, n) <= high <= 100, (right, n)
 
 
 def test_several_samples_have_an_interval_clustered_by_question(write, score):
