@@ -124,8 +124,37 @@ def silence(stream):
 
 
 def log(line):
-    """Print a note at once; stderr is for errors and progress bars."""
-    print(line, flush=True)
+    """Print a note at once, in the main process; stderr is for errors and progress bars."""
+    if is_main():
+        print(line, flush=True)
+
+
+def processes():
+    """How many processes share the work; their launcher says it through the environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank():
+    """The number of this process among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main():
+    """Whether this process is the one that prints and writes what all share."""
+    return rank() == 0
+
+
+def wait_for_all():
+    """Return when every process has come here."""
+    if processes() > 1:
+        from torch import distributed
+
+        try:
+            if not distributed.is_initialized():
+                distributed.init_process_group("gloo")
+            distributed.barrier()
+        except RuntimeError as error:
+            raise UserError("another process has stopped, and says why") from error
 
 
 def printable(text):
@@ -481,9 +510,12 @@ def choose_device(device, note=log):
     """The named device, or CUDA where there is one."""
     import torch
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        note(f"device {device}: {torch.cuda.get_device_name() if device == 'cuda' else 'no CUDA device here'}")
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 else "cuda"
+        note(f"device {device}: {torch.cuda.get_device_name(device)}")
+    elif device is None:
+        device = "cpu"
+        note(f"device {device}: no CUDA device here")
     try:
         torch.zeros(1, device=device).item()  # read back, which a device without memory cannot
     except (RuntimeError, AssertionError) as error:
@@ -1411,11 +1443,16 @@ class RunOutput:
     Every answer is appended to the part file the moment it is there. A second start reads which
     answers exist, drops a torn last line and asks for the rest; `finish` sorts all by (id, sample)
     and puts NAME.jsonl in place in one step. The part file is locked while its process lives.
+
+    Of several processes each has a part file of its own (NAME.jsonl.part-1 is that of the second); the main
+    process waits for the others' locks at the end and takes in what they wrote, as it does at a start with
+    what any number of killed processes left.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        self.part_path = Path(f"{path}.part")
+        self.main_part = Path(f"{path}.part")
+        self.part_path = self.main_part if is_main() else Path(f"{path}.part-{rank()}")
         self.record_path = self.path.with_suffix(".run.json")
         self.places = {}  # (id, sample) -> (file, offset) of its line
         self.totals = dict.fromkeys(("answers", "prompt_tokens", "output_tokens", "hit_limit"), 0)
@@ -1433,17 +1470,15 @@ class RunOutput:
                 raise UserError(f"--output {self.path}: is a folder; pass a file")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.part = open(self.part_path, "a+b", buffering=0)  # noqa: SIM115 - closed below
-            self.last_answer = os.fstat(self.part.fileno()).st_mtime
         try:
-            self.lock()
-            for name in (self.path.name, self.record_path.name):  # of a process killed while it wrote one
-                for stray in self.path.parent.glob(f".{glob.escape(name)}.*.tmp"):
-                    stray.unlink()
-            segments = self.earlier_segments(record, overwrite)
-            self.repair_part()
+            self.lock(self.part)
+            if is_main():
+                segments = self.prepare(record, overwrite)
+            wait_for_all()
             self.index(self.path)
-            self.index(self.part_path)
-            self.record = record | {"segments": self.complete(segments) + record["segments"]}
+            self.index(self.main_part)
+            if is_main():
+                self.record = record | {"segments": self.complete(segments) + record["segments"]}
             try:
                 yield self
             except BaseException as error:
@@ -1454,6 +1489,44 @@ class RunOutput:
             if self.part_path.exists() and not self.part_size():
                 self.part_path.unlink()
             self.part.close()
+
+    def prepare(self, record, overwrite):
+        """Leave nothing of killed processes but whole answers in the one part file; returns the earlier segments."""
+        peers = {f"{self.main_part.name}-{other}" for other in range(1, processes())}
+        self.last_answer = max(path.stat().st_mtime for path in (self.part_path, *self.other_parts()))
+        for name in (self.path.name, self.record_path.name):  # of a process killed while it wrote one
+            for stray in self.path.parent.glob(f".{glob.escape(name)}.*.tmp"):
+                stray.unlink()
+        segments = self.earlier_segments(record, overwrite)
+        self.repair_part()
+        for path in self.other_parts():
+            with open(path, "r+b") as other:
+                if path.name not in peers:  # else it is open, and waits for us
+                    self.lock(other)
+                self.take_in(other)
+            if path.name not in peers:
+                path.unlink()
+        return segments
+
+    def other_parts(self):
+        return sorted(self.path.parent.glob(f"{glob.escape(self.main_part.name)}-*"))
+
+    def take_in(self, other):
+        """Move the whole lines of another process's part file to our own."""
+        for line in other:
+            if line.endswith(b"\n"):
+                self.write(line)
+        other.truncate(0)
+
+    def gather(self):
+        """In the main process: wait until the others have ended, and take in what they wrote."""
+        for number in range(1, processes()):
+            path = Path(f"{self.main_part}-{number}")
+            with contextlib.suppress(FileNotFoundError), open(path, "r+b") as other:  # none where it had nothing to do
+                fcntl.flock(other, fcntl.LOCK_EX)
+                self.take_in(other)
+                path.unlink(missing_ok=True)
+        self.index(self.part_path)
 
     def part_size(self):
         """Bytes of answers that no finished file holds yet."""
@@ -1467,9 +1540,9 @@ class RunOutput:
             way_out = "make room there, then start the same command again" if self.places else "pass another --output"
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; {way_out}") from error
 
-    def lock(self):
+    def lock(self, part):
         try:
-            fcntl.flock(self.part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{self.path}: another process is writing it; wait for it or pass another --output") from error
 
@@ -1483,7 +1556,7 @@ class RunOutput:
                 compare_records(self.record_path, old, new)
                 note_changes(old["segments"][-1], new["segments"][-1])
                 return old["segments"]
-            elif self.path.exists() or self.part_size():
+            elif self.path.exists() or self.part_size() or any(path.stat().st_size for path in self.other_parts()):
                 raise UserError(
                     f"{self.path}: exists without its run record {self.record_path.name}; "
                     "pass --overwrite or another --output"
@@ -1496,7 +1569,8 @@ class RunOutput:
         return []
 
     def drop(self):
-        self.part.truncate(0)
+        for path in (self.part_path, *self.other_parts()):
+            os.truncate(path, 0)
         self.path.unlink(missing_ok=True)
         self.record_path.unlink(missing_ok=True)
 
@@ -1515,9 +1589,9 @@ class RunOutput:
 
     def repair_part(self):
         """Cut off a last line that was torn when its process died."""
-        size = self.part.seek(0, os.SEEK_END)
-        self.part.seek(0)
-        whole = self.part.read().rfind(b"\n") + 1
+        size = self.part_size()
+        with open(self.part_path, "rb") as file:
+            whole = sum(len(line) for line in file if line.endswith(b"\n"))
         if whole < size:
             log(f"{self.part_path}: dropped a torn last line of {size - whole} bytes")
             self.part.truncate(whole)
@@ -1527,6 +1601,8 @@ class RunOutput:
             offset = 0
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n"):  # the main process is writing it
+                        break
                     row = parse_json_line(path, number, line, ("id", "sample", "finish_reason", "prompt_tokens", "output_tokens"))
                     self.count(row, path, offset)
                     offset += len(line)
@@ -1541,6 +1617,8 @@ class RunOutput:
 
     def write_record(self, seconds=None):
         """Write the run record; `seconds` is how long the present segment has taken."""
+        if not is_main():
+            return
         *earlier, segment = self.record["segments"]
         segment.update(self.totals_beyond(earlier), seconds=seconds)
         with self.named_errors():
@@ -1548,14 +1626,17 @@ class RunOutput:
 
     def append(self, row):
         """Put one answer on disk. It is there when this returns, whatever happens to the process."""
-        line = memoryview(json.dumps(row).encode() + b"\n")
         if not os.fstat(self.part.fileno()).st_nlink:
             self.put_back()
         offset = self.part.seek(0, os.SEEK_END)
+        self.write(json.dumps(row).encode() + b"\n")
+        self.count(row, self.part_path, offset)
+
+    def write(self, line):
+        line = memoryview(line)
         with self.named_errors():
             while line:
                 line = line[self.part.write(line) :]
-        self.count(row, self.part_path, offset)
 
     def put_back(self):
         """The output folder was removed: the open file still holds the answers, write them again."""
@@ -1570,7 +1651,7 @@ class RunOutput:
         )
 
     def finish(self):
-        """Sort all answers into NAME.jsonl and drop the part file."""
+        """Sort all answers into NAME.jsonl and drop the part file; the main process does."""
         with self.named_errors(), contextlib.ExitStack() as stack:
             sources = {p: stack.enter_context(open(p, "rb")) for p in {place[0] for place in self.places.values()}}
             with replacing(self.path) as file:

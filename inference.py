@@ -39,11 +39,14 @@ from common import (
     generate,
     has_thinking_switch,
     hash_questions,
+    is_main,
     load_model,
     load_questions,
     load_tokenizer,
     log,
     printable,
+    processes,
+    rank,
     read_jsonl,
     thinking_is_open,
     write_atomically,
@@ -75,17 +78,12 @@ def main(argv=None):
         record = run_record(run, files, tokenizer, questions, prompts, device, dtype)
         output = RunOutput(run.output)
         with output.opened(record, run.overwrite):
-            missing = [
-                (i, sample)
-                for i in range(len(prompts))
-                for sample in range(run.num_samples)
-                if (i, sample) not in output.places
-            ]
+            missing = list_missing(run, prompts, output)
             if missing or output.part_size():  # the latter: stopped between the last answer and the end
                 done = len(prompts) * run.num_samples - len(missing)
                 log(f"{run.output}: {done} answers are there, {len(missing)} to go" if done else f"writing {run.output}")
                 model = model or load_model(files, dtype, device)
-                requests = build_requests(run, prompts, missing, tokenizer, model)
+                requests = build_requests(run, prompts, own_share(missing, run.num_samples), tokenizer, model)
                 answer(run, model, tokenizer, requests, made, questions, prompts, output)
             else:
                 log(f"{run.output}: finished already, {len(output.places)} answers; --overwrite makes it again")
@@ -250,8 +248,20 @@ def run_record(args, files, tokenizer, questions, prompts, device, dtype):
         "num_samples": args.num_samples,
         "batch_size": args.batch_size,
         "command": args.command,
+        "processes": processes(),
     } | describe_run(device)
     return {"decides": decides, "segments": [segment]}
+
+
+def list_missing(args, prompts, output):
+    """The (question, sample) pairs that have no answer on disk."""
+    pairs = ((i, sample) for i in range(len(prompts)) for sample in range(args.num_samples))
+    return [pair for pair in pairs if pair not in output.places]
+
+
+def own_share(missing, num_samples):
+    """What of the missing pairs is this process's: by number, so that all agree whatever each has read."""
+    return [(i, sample) for i, sample in missing if (i * num_samples + sample) % processes() == rank()]
 
 
 def build_requests(args, prompts, missing, tokenizer, model):
@@ -327,8 +337,10 @@ def answer(args, model, tokenizer, requests, made, questions, prompts, output):
     begun, before = time.perf_counter(), output.totals["output_tokens"]
     output.write_record()
     try:
-        with tqdm(total=len(requests), unit="question", smoothing=0.1) as bar:
-            generated = generate(model, tokenizer, left, args.decoding, args.batch_size, note=tqdm.write)
+        share = f"process 1 of {processes()}" if processes() > 1 else None
+        with tqdm(desc=share, total=len(requests), unit="question", smoothing=0.1, disable=not is_main()) as bar:
+            note = tqdm.write if is_main() else lambda line: None
+            generated = generate(model, tokenizer, left, args.decoding, args.batch_size, note=note)
             for done in itertools.chain(settled, generated):
                 output.append(answer_row(args, done, questions[done.id], prompts[done.id]))
                 if args.think_budget:
@@ -336,13 +348,27 @@ def answer(args, model, tokenizer, requests, made, questions, prompts, output):
                 rate = (output.totals["output_tokens"] - before) / (time.perf_counter() - begun)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                 bar.update()
-        output.finish()
+        finish(args, prompts, output)
     except BaseException:
         with contextlib.suppress(UserError):  # the first error is the one to tell
             output.write_record(seconds=round(time.perf_counter() - begun, 3))
         raise
     output.write_record(seconds=round(time.perf_counter() - begun, 3))
-    report(args.output, output.record["segments"][-1])
+    if is_main():
+        report(args.output, output.record["segments"][-1])
+
+
+def finish(args, prompts, output):
+    """In the main process: all answers, those of the other processes too, into the one file."""
+    if not is_main():
+        return
+    if processes() > 1:
+        log("waiting for the other processes")
+        output.gather()
+        missing = list_missing(args, prompts, output)
+        if missing:
+            raise UserError(f"{args.output}: another process has stopped, {len(missing)} answers are missing; start it again")
+    output.finish()
 
 
 def answer_row(args, done, question, prompt):

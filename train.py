@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -36,6 +35,7 @@ from common import (
     at_least,
     build_prompt,
     chatml_think_prefill,
+    choose_device,
     command_line,
     compare_records,
     describe_run,
@@ -45,11 +45,13 @@ from common import (
     generate,
     hash_file,
     hash_questions,
+    is_main,
     load_model,
     load_questions,
     load_tokenizer,
     log,
     printable,
+    processes,
     read_gold,
     read_json,
     read_jsonl,
@@ -80,7 +82,7 @@ def fine_tune(args, build_model):
     ask, *pairs = choose_pairs(args, tokenizer, training, held_out)
     rows, held_out_rows = encode_parts(args, files, tokenizer, *pairs)
     show_examples(rows[:2], tokenizer)
-    device = own_device()
+    device = choose_device(None)
     model = build_model(args, files, device)
     parts = fit_into_memory(args, model, device, rows)
     record = run_record(args, files, training, held_out, pairs[0][0], device, parts)
@@ -183,21 +185,6 @@ def check_arguments(args):
         call_hub("create_repo", args.push_to_hub, repo_id=args.push_to_hub, exist_ok=True)
 
 
-def processes():
-    """How many processes train together; the launcher says it through the environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main():
-    """Whether this process is the one that writes files and prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def note(line):
-    if is_main():
-        log(line)
-
-
 # ------------------------------------------------------------------------------------------
 # Data
 # ------------------------------------------------------------------------------------------
@@ -217,8 +204,8 @@ def split_questions(args, questions):
     held_texts = {question.question for question in held_out}
     kept = [question for question in training if question.question not in held_texts]
     if len(kept) < len(training):
-        note(f"{len(training) - len(kept)} training questions dropped: they are held out under another number")
-    note(f"{len(questions)} train questions: {len(kept)} to train on, {len(held_out)} held out (seed {args.seed})")
+        log(f"{len(training) - len(kept)} training questions dropped: they are held out under another number")
+    log(f"{len(questions)} train questions: {len(kept)} to train on, {len(held_out)} held out (seed {args.seed})")
     return kept, held_out
 
 
@@ -238,7 +225,7 @@ def choose_pairs(args, tokenizer, training, held_out):
         pairs.append([(ask(row["question"]), f"{row['model_output']}<|im_end|>") for row in lines if row["question"] in texts])
         if not pairs[-1]:
             raise UserError(f"--completions {args.completions}: holds none of the {len(part)} {name} questions; sample more")
-    note(f"{len(lines)} completions of mode {mode}: {len(pairs[0])} to train on, {len(pairs[1])} of held-out questions")
+    log(f"{len(lines)} completions of mode {mode}: {len(pairs[0])} to train on, {len(pairs[1])} of held-out questions")
     return ask, *pairs
 
 
@@ -296,7 +283,7 @@ def encode_rows(name, pairs, tokenizer, positions):
     reasons = {f"longer than the model's {positions} positions": too_long, "prompt and completion merge": merged}
     for reason, count in reasons.items():
         if count:
-            note(f"{count} of {len(pairs)} {name} examples dropped: {reason}")
+            log(f"{count} of {len(pairs)} {name} examples dropped: {reason}")
     if not rows:
         raise UserError(f"no {name} example is left of {len(pairs)}")
     return rows
@@ -323,7 +310,7 @@ def show_examples(rows, tokenizer):
     for number, row in enumerate(rows):
         learned = sum(label != IGNORED for label in row["labels"])
         start = len_ids(row) - learned
-        note(
+        log(
             f"--- example {number}: {start} tokens of prompt, not trained\n"
             f"{printable(tokenizer.decode(row['input_ids'][:start]))}\n"
             f"--- example {number}: {learned} tokens of completion, trained\n"
@@ -388,7 +375,7 @@ def claim_folder(args, record):
         if held and not path.exists():
             raise UserError(f"--output-dir {folder}: holds {held[0]!r} and no {RECORD}; pass an empty folder")
         if is_finished(path, record):
-            note(f"{folder}: finished already")
+            log(f"{folder}: finished already")
             return False
         write_record(args, record)
     except OSError as error:
@@ -419,7 +406,7 @@ def drop_or_go_on(args, path, record):
     except UserError as error:
         if args.overwrite != "changed":
             raise
-        note(f"made again: {str(error).partition(';')[0]}")
+        log(f"made again: {str(error).partition(';')[0]}")
     for entry in args.output_dir.iterdir():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
@@ -438,9 +425,9 @@ def last_checkpoint(folder):
     for checkpoint in reversed(checkpoints(folder)):
         with contextlib.suppress(UserError):
             step = read_json(checkpoint / "trainer_state.json")["global_step"]
-            note(f"going on after step {step}, from {checkpoint}")
+            log(f"going on after step {step}, from {checkpoint}")
             return checkpoint
-    note(f"{folder}: no checkpoint yet, beginning anew")
+    log(f"{folder}: no checkpoint yet, beginning anew")
     return None
 
 
@@ -452,14 +439,6 @@ def last_checkpoint(folder):
 def load_full_model(args, files, device):
     """All weights in fp32, whatever precision computes: in bf16 most steps would round to nothing."""
     return load_model(files, "fp32", device)
-
-
-def own_device():
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def fit_into_memory(args, model, device, rows):
@@ -477,8 +456,8 @@ def fit_into_memory(args, model, device, rows):
             f"gradients and optimizer, and {free / 2**30:.1f} are free; train_lora.py or a smaller model need less"
         )
     if parts > args.gradient_accumulation:
-        note(f"memory is short: a batch goes in {parts} parts, which costs time and changes nothing else")
-    note(
+        log(f"memory is short: a batch goes in {parts} parts, which costs time and changes nothing else")
+    log(
         f"memory: about {(state + share // parts * row) / 2**30:.2f} GiB beside the weights, {free / 2**30:.1f} free; "
         f"{trainable(model):,} of {sum(weight.numel() for weight in model.parameters()):,} weights are trained"
     )
@@ -701,7 +680,7 @@ class Scoring:
         sign = 1 if self.args.greater_is_better else -1
         scores = [sign * row[name] for row in history]
         if self.patience and len(scores) - 1 - scores.index(max(scores)) >= self.patience:
-            note(f"no better {name} in {self.patience} evaluations: stopping")
+            log(f"no better {name} in {self.patience} evaluations: stopping")
             self.control.should_training_stop = True
         best = [row["eval_loss"] for row in history if row["step"] == self.state.best_global_step]
         if metrics[name] == self.state.best_metric and metrics["eval_loss"] < best[0]:
@@ -717,7 +696,7 @@ class Scoring:
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         if self.stop_asked():
-            note(f"stopped after step {self.state.global_step} and saved; the same command with --resume goes on")
+            log(f"stopped after step {self.state.global_step} and saved; the same command with --resume goes on")
             raise Terminated if self.stop_signal == signal.SIGTERM else KeyboardInterrupt
 
     def stop_asked(self):
@@ -760,7 +739,7 @@ def stopping_on_signals(trainer):
 
     def ask(number, _):
         trainer.stop_signal = number
-        note("stopping after this step or evaluation; once more stops at once, back to the last checkpoint")
+        log("stopping after this step or evaluation; once more stops at once, back to the last checkpoint")
         restore()
 
     def restore():
@@ -793,7 +772,7 @@ def finish(args, trainer, record):
     write_record(args, record)
     for checkpoint in checkpoints(args.output_dir):
         shutil.rmtree(checkpoint)
-    note(f"{args.output_dir}: finished; python inference.py --mode chatml_think_prefill --model-id {args.output_dir}")
+    log(f"{args.output_dir}: finished; python inference.py --mode chatml_think_prefill --model-id {args.output_dir}")
     if args.push_to_hub:
         call_hub("upload_folder", args.push_to_hub, repo_id=args.push_to_hub, folder_path=args.output_dir)
 
