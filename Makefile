@@ -78,7 +78,7 @@ SELF = --learning-rate 1e-3 --max-steps $(STEPS)
 EVAL ?= --eval-questions 200
 TRAIN_LIMIT ?= 1000
 BUDGETS ?= 32 64 128 256
-SMALL = OMP_NUM_THREADS=1 TQDM_DISABLE=1
+SMALL = OMP_NUM_THREADS=1
 else
 JOBS ?= 1
 SEEDS ?= 42

@@ -368,10 +368,12 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 # What decides a model's output; only these are downloaded and hashed. No pickled weights: loading
 # them can run code, so safetensors alone are read.
+TOKENIZER_FILES = (
+    "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+)  # fmt: skip
 MODEL_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-    "adapter_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt",
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    *TOKENIZER_FILES,
 )  # fmt: skip
 
 CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -385,9 +387,9 @@ class ModelFiles:
     folder: Path
     base: "ModelFiles | None"
 
-    def hashes(self):
+    def hashes(self, patterns=MODEL_FILES):
         """SHA-256 by file name, the base's under `base/`."""
-        found = sorted({path for pattern in MODEL_FILES for path in self.folder.glob(pattern)})
+        found = sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
         own = {path.name: hash_file(path) for path in found}
         return own | {f"base/{name}": value for name, value in (self.base.hashes() if self.base else {}).items()}
 
@@ -428,13 +430,19 @@ def find_model(model_id, as_base=False):
     return ModelFiles(model_id, folder, None)
 
 
-def download_model(model_id):
+def find_tokenizer(name):
+    """The files of a tokenizer alone, by folder or hub id: a server has the weights."""
+    folder = Path(name).expanduser()
+    return ModelFiles(name, folder if folder.is_dir() else download_model(name, TOKENIZER_FILES), None)
+
+
+def download_model(model_id, patterns=MODEL_FILES):
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
     try:
-        return Path(snapshot_download(model_id, allow_patterns=list(MODEL_FILES), ignore_patterns="*/*"))
+        return Path(snapshot_download(model_id, allow_patterns=list(patterns), ignore_patterns="*/*"))
     except Exception as error:  # hub, network and name errors share no base class
         raise UserError(
             f"--model-id {model_id}: neither a folder here nor to be had from the hub ({first_line(error)}); "
@@ -1699,22 +1707,23 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_run(device):
-    """What describes a run without deciding its output: versions, device, commit, start."""
+def describe_run(device=None):
+    """What describes a run without deciding its output: versions, commit, start, and the device where there is one."""
     import platform
     from importlib.metadata import version
 
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
+    described = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{device.type}: {name}",
-        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
         "commit": project_commit(),
     }
+    if device is not None:
+        import torch
+
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        described |= {"device": f"{device.type}: {name}", "threads": torch.get_num_threads()}
+    return described
 
 
 def project_commit():

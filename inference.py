@@ -5,6 +5,8 @@ Writes one JSON line an answer, and a run record beside it that says how they we
     python inference.py --mode cot --limit 100
     python inference.py --model-id demo/model --dataset demo/problems --mode thinking
     python benchmark.py outputs/cot_model_outputs.jsonl
+    accelerate launch --num_processes 8 inference.py --mode cot     # a share of the questions each
+    python inference.py --server http://localhost:8000 --model-id Qwen/Qwen3-0.6B --mode cot
 
 Every answer is on disk the moment it is finished. The same command goes on where a stopped run
 ended, and does nothing when all answers are there.
@@ -13,17 +15,23 @@ ended, and does nothing when all answers are there.
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
+import os
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from common import (
     DTYPES,
     EARLY_STOP,
     FEW_SHOT_STYLES,
     MODES,
+    TOKENIZER_FILES,
     ArgumentParser,
+    Completion,
     Decoding,
     Request,
     RunOutput,
@@ -36,6 +44,8 @@ from common import (
     command_line,
     describe_run,
     find_model,
+    find_tokenizer,
+    first_line,
     generate,
     has_thinking_switch,
     hash_questions,
@@ -64,15 +74,15 @@ ANSWER_TOKENS = 512  # what --think-budget leaves for the early stop and the ans
 @command_line
 def main(argv=None):
     args = parse_args(argv)
-    files = find_model(args.model_id)
+    files = find_tokenizer(args.tokenizer or args.model_id) if args.server else find_model(args.model_id)
     questions = load_questions(args.dataset, args.split)
     examples = load_examples(args, questions)
     tokenizer = load_tokenizer(files)
     prompts = build_prompts(args, questions, examples, tokenizer)
     if args.print_prompts:
         return print_prompts(prompts[: args.print_prompts], tokenizer)
-    device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
+    device = None if args.server else choose_device(args.device)
+    dtype = None if args.server else choose_dtype(args.dtype, device)
     model, made = None, {}
     for run in split_budgets(args):
         record = run_record(run, files, tokenizer, questions, prompts, device, dtype)
@@ -82,7 +92,7 @@ def main(argv=None):
             if missing or output.part_size():  # the latter: stopped between the last answer and the end
                 done = len(prompts) * run.num_samples - len(missing)
                 log(f"{run.output}: {done} answers are there, {len(missing)} to go" if done else f"writing {run.output}")
-                model = model or load_model(files, dtype, device)
+                model = model or (None if args.server else load_model(files, dtype, device))
                 requests = build_requests(run, prompts, own_share(missing, run.num_samples), tokenizer, model)
                 answer(run, model, tokenizer, requests, made, questions, prompts, output)
             else:
@@ -116,6 +126,11 @@ def parse_args(argv):
     add("--num-samples", type=at_least(1, 10_000), default=1, help="answers a question, when sampling (default %(default)s)")
     add("--dtype", choices=DTYPES, help="precision of weights and compute (default bf16 on CUDA, else fp32)")
     add("--device", help="torch device, such as cuda:1 (default cuda where there is one, else cpu)")
+    add("--server", type=server_url, metavar="URL",
+        help="ask a server with the OpenAI completions API (vLLM, SGLang, transformers serve) instead of loading the model; "
+        "--model-id is its name there; a key comes from OPENAI_API_KEY")  # fmt: skip
+    add("--tokenizer", help="with --server: hub id or folder whose chat template renders the prompts (default --model-id)")
+    add("--concurrency", type=at_least(1, 4096), help="with --server: requests at once (default 32)")
     add("--output", type=Path, help="JSONL to write (default outputs/MODE_model_outputs.jsonl)")
     add("--overwrite", nargs="?", const="always", choices=("always", "changed"),
         help="drop what --output holds and begin anew; `changed`: only where another command made it")  # fmt: skip
@@ -130,8 +145,24 @@ def batch_size(text):
     return text if text == "auto" else at_least(1)(text)
 
 
+def server_url(text):
+    """The address of a server, with the path of its API."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise argparse.ArgumentTypeError(f"wants an address such as http://localhost:8000, got {text!r}")
+    if parts.username or parts.password or parts.query:  # the address is printed and recorded
+        raise argparse.ArgumentTypeError("holds a key or a query; pass the address alone, and a key in OPENAI_API_KEY")
+    return text.rstrip("/").removesuffix("/v1") + "/v1"
+
+
 def fill_defaults(args):
     """Defaults that depend on the mode, and refusal of flags that contradict it or each other."""
+    local = {"--dtype": args.dtype, "--device": args.device, "--think-budget": args.think_budget}
+    local["--batch-size"] = None if args.batch_size == "auto" else args.batch_size
+    for flag, value in (local if args.server else {"--tokenizer": args.tokenizer, "--concurrency": args.concurrency}).items():
+        if value is not None:
+            raise UserError(f"{flag}: goes {'with a model that is loaded here, not ' if args.server else ''}with --server")
+    args.concurrency = args.concurrency or 32
     if args.mode != "few_shot":
         for flag, value in (("--few-shot-k", args.few_shot_k), ("--few-shot-style", args.few_shot_style)):
             if value is not None:
@@ -240,7 +271,10 @@ def run_record(args, files, tokenizer, questions, prompts, device, dtype):
         "top_k": sampling and sampling.top_k,
         "seed": sampling and sampling.seed,
         "dtype": dtype,
-    } | {f"sha256 of {name}": value for name, value in files.hashes().items()}
+        "model_on_server": args.model_id if args.server else None,
+    }
+    hashes = files.hashes(TOKENIZER_FILES) if args.server else files.hashes()
+    decides |= {f"sha256 of {name}": value for name, value in hashes.items()}
     segment = {
         "model": args.model_id,
         "dataset": args.dataset,
@@ -249,6 +283,7 @@ def run_record(args, files, tokenizer, questions, prompts, device, dtype):
         "batch_size": args.batch_size,
         "command": args.command,
         "processes": processes(),
+        "server": args.server,
     } | describe_run(device)
     return {"decides": decides, "segments": [segment]}
 
@@ -267,6 +302,8 @@ def own_share(missing, num_samples):
 def build_requests(args, prompts, missing, tokenizer, model):
     """One request for each missing (id, sample); its limit is what the model's positions leave."""
     ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    if args.server:  # it knows its positions itself
+        return [Request(i, sample, ids[i], args.max_new_tokens) for i, sample in missing]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     limits = [min(args.max_new_tokens, positions - len(prompt)) for prompt in ids]
     for i, limit in enumerate(limits):
@@ -340,7 +377,11 @@ def answer(args, model, tokenizer, requests, made, questions, prompts, output):
         share = f"process 1 of {processes()}" if processes() > 1 else None
         with tqdm(desc=share, total=len(requests), unit="question", smoothing=0.1, disable=not is_main()) as bar:
             note = tqdm.write if is_main() else lambda line: None
-            generated = generate(model, tokenizer, left, args.decoding, args.batch_size, note=note)
+            generated = (
+                ask_server(args, left, prompts)
+                if args.server
+                else generate(model, tokenizer, left, args.decoding, args.batch_size, note=note)
+            )
             for done in itertools.chain(settled, generated):
                 output.append(answer_row(args, done, questions[done.id], prompts[done.id]))
                 if args.think_budget:
@@ -369,6 +410,99 @@ def finish(args, prompts, output):
         if missing:
             raise UserError(f"{args.output}: another process has stopped, {len(missing)} answers are missing; start it again")
     output.finish()
+
+
+# ------------------------------------------------------------------------------------------
+# A server in place of a model
+# ------------------------------------------------------------------------------------------
+
+SERVER_TIMEOUT = 600  # seconds, of one try
+SERVER_RETRIES = 8  # of one request, waiting twice as long after each, at most 8 seconds
+
+
+def ask_server(args, requests, prompts):
+    """Yield a Completion for each request as the server gives it, --concurrency of them at once.
+
+    The client asks again after 429, 5xx, timeouts and dropped connections. Where it gives up, the answers
+    that are still on their way are yielded before the UserError.
+    """
+    try:
+        import openai
+    except ImportError as error:
+        raise UserError("--server: wants the package openai: pip install openai") from error
+    client = openai.OpenAI(
+        base_url=args.server,
+        api_key=os.environ.get("OPENAI_API_KEY") or "none",  # servers of one's own want no key, the client wants one
+        max_retries=SERVER_RETRIES,
+        timeout=SERVER_TIMEOUT,
+    )
+    pool, waiting, asked, failure = ThreadPoolExecutor(args.concurrency), iter(requests), set(), None
+    try:
+        while True:
+            if not failure:
+                for request in itertools.islice(waiting, 2 * args.concurrency - len(asked)):
+                    asked.add(pool.submit(ask_once, client, args, request, prompts[request.id]))
+            if not asked:
+                break
+            done, asked = wait(asked, return_when=FIRST_COMPLETED)
+            for future in done:
+                if future.exception() is None:
+                    yield future.result()
+                elif not failure:
+                    failure = future.exception()
+                    asked = {other for other in asked if not other.cancel()}
+        if failure:
+            raise failure
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        client.close()
+
+
+def ask_once(client, args, request, prompt):
+    """One completion. A reply that is not whole is asked for again."""
+    import openai
+
+    sampling = {"temperature": 0}
+    if args.do_sample:
+        sampling = {"temperature": args.decoding.temperature, "top_p": args.decoding.top_p}
+        sampling["seed"] = request_seed(args.seed, request)
+        if args.decoding.top_k:  # no part of the API, yet most servers know it; with 0 it is left to them
+            sampling["extra_body"] = {"top_k": args.decoding.top_k}
+    for attempt in range(SERVER_RETRIES + 1):
+        try:
+            reply = client.completions.create(
+                model=args.model_id, prompt=prompt, max_tokens=request.max_new_tokens, **sampling
+            )
+        except openai.APIError as error:
+            told = f"answers {error.status_code}" if isinstance(error, openai.APIStatusError) else "gives no answer"
+            raise UserError(f"--server {args.server}: {told} to question {request.id}: {first_line(error)}") from error
+        except ValueError:  # not JSON
+            reply = None
+        if is_whole(reply):
+            choice = reply.choices[0]
+            counts = reply.usage.prompt_tokens, reply.usage.completion_tokens
+            return Completion(request.id, request.sample, [], choice.text, choice.finish_reason, *counts)
+        time.sleep(min(8, 0.5 * 2**attempt))
+    raise UserError(
+        f"--server {args.server}: its replies to question {request.id} lack text, finish_reason or usage; "
+        "it wants the OpenAI completions API"
+    )
+
+
+def is_whole(reply):
+    try:
+        choice, usage = reply.choices[0], reply.usage
+        counts = usage.prompt_tokens, usage.completion_tokens
+    except (AttributeError, IndexError, TypeError):
+        return False
+    shaped = isinstance(choice.text, str) and all(isinstance(count, int) for count in counts)
+    return shaped and choice.finish_reason in ("stop", "length")
+
+
+def request_seed(seed, request):
+    """31 bits of the SHA-256 of (seed, question id, sample): the server's draws differ by sample and repeat by run."""
+    digest = hashlib.sha256(f"{seed} {request.id} {request.sample}".encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
 
 
 def answer_row(args, done, question, prompt):

@@ -1,4 +1,4 @@
-"""Several processes answer as one does, whatever becomes of them; so do inference servers."""
+"""Several processes answer as one does, whatever becomes of them."""
 
 import fcntl
 import os
