@@ -35,8 +35,8 @@ demo: .venv/installed
 	$(PY) benchmark.py $(patsubst %,outputs/demo/%.jsonl,zero_shot cot few_shot thinking chatml_think_prefill) --plot outputs/demo/modes.png
 
 # Two runs at a time, a core each. A finished run is not run again, a killed one goes on.
-SWEEP = $(addprefix sweep/full/,1e-6 3e-3 1e-2 3e-2) \
-        $(foreach rank,4 32,$(addprefix sweep/lora-r$(rank)/,1e-6 3e-3 1e-2 3e-2))
+SWEEP = $(addprefix sweep/full/,1e-6 1e-3 3e-3 1e-2 3e-2) \
+        $(foreach rank,4 32,$(addprefix sweep/lora-r$(rank)/,1e-6 5e-3 1e-2 3e-2))
 COMPARED = base $(foreach method,full lora-r4 lora-r32,$(method)/1e-6 $(method)/best)
 TRIED = $(foreach run,$(COMPARED),outputs/demo-train/test/$(subst /,_,$(run)).jsonl)
 TRAIN = $(DEMO) --max-steps 100 --eval-questions 300 --resume
