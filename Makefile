@@ -39,7 +39,7 @@ SWEEP = $(addprefix sweep/full/,1e-6 1e-3 3e-3 1e-2 3e-2) \
         $(foreach rank,4 32,$(addprefix sweep/lora-r$(rank)/,1e-6 5e-3 1e-2 3e-2))
 COMPARED = base $(foreach method,full lora-r4 lora-r32,$(method)/1e-6 $(method)/best)
 TRIED = $(foreach run,$(COMPARED),outputs/demo-train/test/$(subst /,_,$(run)).jsonl)
-TRAIN = $(DEMO) --max-steps 100 --eval-questions 300 --resume
+BRIEFLY = $(DEMO) --max-steps 100 --eval-questions 300 --resume
 QUIETLY = >outputs/demo-train/$(subst /,-,$@).log 2>&1 || { cat outputs/demo-train/$(subst /,-,$@).log; exit 1; }
 demo-train: export OMP_NUM_THREADS = 1
 demo-train: .venv/installed
@@ -49,11 +49,11 @@ demo-train: .venv/installed
 	$(MAKE) --no-print-directory -j2 $(addprefix try/,$(COMPARED))
 	$(PY) benchmark.py $(TRIED) --compare
 sweep/full/%:
-	$(PY) train.py $(TRAIN) --learning-rate $* --output-dir outputs/demo-train/full/$* $(QUIETLY)
+	$(PY) train.py $(BRIEFLY) --learning-rate $* --output-dir outputs/demo-train/full/$* $(QUIETLY)
 sweep/lora-r4/%:
-	$(PY) train_lora.py $(TRAIN) --rank 4 --learning-rate $* --output-dir outputs/demo-train/lora-r4/$* $(QUIETLY)
+	$(PY) train_lora.py $(BRIEFLY) --rank 4 --learning-rate $* --output-dir outputs/demo-train/lora-r4/$* $(QUIETLY)
 sweep/lora-r32/%:
-	$(PY) train_lora.py $(TRAIN) --rank 32 --learning-rate $* --output-dir outputs/demo-train/lora-r32/$* $(QUIETLY)
+	$(PY) train_lora.py $(BRIEFLY) --rank 32 --learning-rate $* --output-dir outputs/demo-train/lora-r32/$* $(QUIETLY)
 try/%: ANSWER = $(PY) inference.py --dataset demo/problems --mode chatml_think_prefill --max-new-tokens 512 --overwrite
 try/base:
 	$(ANSWER) --model-id demo/model --output outputs/demo-train/test/base.jsonl $(QUIETLY)
