@@ -741,6 +741,7 @@ def render_markdown(table):
     return "\n".join("| " + " | ".join(row) + " |" for row in (table[0], ruler, *table[1:]))
 
 
+MOST_NOTES = 3  # of one kind
 MISLEADING = 0.02  # share of lines from which a note is worth its line
 
 
@@ -749,9 +750,11 @@ def notes(runs, comparisons):
     for run in runs:
         for note in run_notes(run):
             yield f"{run.name}: {note}"
-    for pair in comparisons:
-        if pair.p_holm >= 0.05:
-            yield f"no difference shown between {pair.first} and {pair.second} ({pair.test}, p = {pair.p_holm:.2g})"
+    alike = [pair for pair in comparisons if pair.p_holm >= 0.05]
+    for pair in alike[:MOST_NOTES]:
+        yield f"no difference shown between {pair.first} and {pair.second} ({pair.test}, p = {pair.p_holm:.2g})"
+    if len(alike) > MOST_NOTES:
+        yield f"nor in {len(alike) - MOST_NOTES} more of the {len(comparisons)} pairs: where p (Holm) is 0.05 or more"
 
 
 def run_notes(run):

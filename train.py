@@ -15,8 +15,10 @@ need --multi_gpu as well: without it accelerate starts one.
 
 import argparse
 import contextlib
+import fcntl
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -86,15 +88,16 @@ def fine_tune(args, build_model):
     model = build_model(args, files, device)
     parts = fit_into_memory(args, model, device, rows)
     record = run_record(args, files, training, held_out, pairs[0][0], device, parts)
-    if not claim_folder(args, record):
-        return 0
-    checkpoint = last_checkpoint(args.output_dir) if args.resume else None
-    config = build_config(args, parts, len(rows), checkpoint)
-    trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out, ask)
-    begun = time.perf_counter()
-    train(trainer, checkpoint)
-    record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
-    finish(args, trainer, record)
+    with locked(args.output_dir):
+        if not claim_folder(args, record):
+            return 0
+        checkpoint = last_checkpoint(args.output_dir) if args.resume else None
+        config = build_config(args, parts, len(rows), checkpoint)
+        trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out, ask)
+        begun = time.perf_counter()
+        train(trainer, checkpoint)
+        record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
+        finish(args, trainer, record)
     return 0
 
 
@@ -362,13 +365,34 @@ def run_record(args, files, training, held_out, pair, device, parts):
     return {"decides": decides, "segments": [segment], "result": None}
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """The folder, made where there is none, held against a second run of it; the main process holds it for all."""
+    if not is_main():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            told = "another process trains in it; wait for it or pass another folder"
+            raise UserError(f"--output-dir {folder}: {told}") from error
+        yield
+    finally:
+        os.close(handle)
+
+
 def claim_folder(args, record):
     """Make the folder this run's own; False where it is finished. UserError where it holds another run."""
     folder, path = args.output_dir, args.output_dir / RECORD
     if not is_main():
         return not (args.resume and is_finished(path, record))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             drop_or_go_on(args, path, record)
         held = sorted(entry.name for entry in folder.iterdir())

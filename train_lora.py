@@ -25,7 +25,7 @@ def parse_args(argv):
     parser = build_parser("train_lora.py", __doc__, learning_rate=2e-4, rate_source="QLoRA's; LoRA wants some ten times the full rate")
     add = parser.add_argument
     regret = "Thinking Machines, LoRA Without Regret"
-    add("--rank", type=at_least(1), default=32, help="of the adapters (default %(default)s)")
+    add("--rank", type=at_least(1, 1024), default=32, help="of the adapters, at most 1024 (default %(default)s)")
     add("--alpha", type=positive, default=32, help=f"their scale is alpha/rank (default 32 whatever the rank: {regret})")
     add("--dropout", type=not_negative, default=0.0, help="of the adapters' input (default 0)")
     add("--target-modules", default="all-linear",

@@ -325,6 +325,12 @@ def test_equal_runs_show_no_difference(write, capsys):
     assert "no difference shown between a and b (exact McNemar, p = 1)" in out
 
 
+def test_many_pairs_alike_are_counted_and_not_listed(write, capsys):
+    benchmark.main([*(write([line()], f"{name}.jsonl") for name in "abcd"), "--compare"])
+    printed = capsys.readouterr().out
+    assert printed.count("no difference shown") == 3 and "nor in 3 more of the 6 pairs" in printed
+
+
 def test_files_of_other_questions_are_not_compared(write, refuse):
     files = [write(right_where(2, count), f"{count}.jsonl") for count in (4, 5)]
     assert "4 the same" in refuse(*files, "--compare")

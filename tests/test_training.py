@@ -546,6 +546,13 @@ def test_completions_that_cannot_be_trained_on_are_refused(make, told, dataset, 
     assert re.search(told, error) and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_another_process_trains_in_is_refused(dataset, tmp_path, capsys):
+    with train.locked(tmp_path / "run"), pytest.raises(SystemExit, match="2"):
+        train.main(flags(dataset, tmp_path / "run", "--max-steps", 1))
+    assert "another process trains in it" in capsys.readouterr().err
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_run_of_another_command_is_dropped_only_where_overwrite_says_so(dataset, tmp_path, capsys):
     folder = tmp_path / "run"
     small = "--max-steps", 1, "--eval-questions", 0
