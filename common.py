@@ -28,6 +28,7 @@ import tempfile
 import threading
 import warnings
 import zlib
+from array import array
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -464,6 +465,15 @@ def load_tokenizer(files):
     return tokenizer
 
 
+def encode(tokenizer, texts):
+    """The token ids of each text, an array each, a thousand texts at a time: lists of a million would fill the memory."""
+    ids = []
+    for start in range(0, len(texts), 1000):
+        batch = tokenizer(texts[start : start + 1000], add_special_tokens=False, return_attention_mask=False)
+        ids += [array("i", tokens) for tokens in batch["input_ids"]]
+    return ids
+
+
 def load_model(files, dtype, device):
     """The causal model on the device, an adapter merged into its base, in evaluation mode.
 
@@ -606,7 +616,7 @@ class Request:
 
     id: int
     sample: int
-    prompt_ids: list
+    prompt_ids: list  # or any sequence
     max_new_tokens: int
     budget: ThinkBudget | None = None
     begun: tuple = ()
@@ -751,7 +761,7 @@ class RollingBatch:
         """
         self.prefix, self.last = 0, max(1, len(ids))
         try:
-            self.forward([ids or [0]], [0], slice(0, 1), 0)
+            self.forward([[*ids] or [0]], [0], slice(0, 1), 0)
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -795,7 +805,7 @@ class RollingBatch:
             row.start = self.last - len(row) + self.prefix
         self.rows += new
         self.first = min(self.first, self.last - width)
-        tokens = [(row.request.prompt_ids + row.tokens)[self.prefix :] for row in new]
+        tokens = [[*row.request.prompt_ids[self.prefix :], *row.tokens] for row in new]
         logits = self.forward(tokens, [row.start for row in new], slots, self.last - width)
         return self.extend(new, logits)
 
@@ -1010,8 +1020,9 @@ def unfit(model):
 
 def shared_beginning(prompts):
     """The token ids that all prompts begin with; every prompt keeps at least one token of its own."""
-    beginning = os.path.commonprefix(prompts)
-    return beginning[: min(map(len, prompts)) - 1]
+    first, last = min(prompts), max(prompts)  # what these two share, all between them share
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: min(same, *(len(prompt) - 1 for prompt in prompts))]
 
 
 def free_memory(device):

@@ -43,6 +43,7 @@ from common import (
     choose_dtype,
     command_line,
     describe_run,
+    encode,
     find_model,
     find_tokenizer,
     first_line,
@@ -301,7 +302,7 @@ def own_share(missing, num_samples):
 
 def build_requests(args, prompts, missing, tokenizer, model):
     """One request for each missing (id, sample); its limit is what the model's positions leave."""
-    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    ids = encode(tokenizer, prompts)
     if args.server:  # it knows its positions itself
         return [Request(i, sample, ids[i], args.max_new_tokens) for i, sample in missing]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
