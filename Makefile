@@ -66,9 +66,10 @@ try/%:
 MODEL ?= Qwen/Qwen3-0.6B
 DATASET ?= openai/gsm8k
 HUB ?= AnirudhCheruvu
-OUT ?= outputs/$(MODEL)$(CHECKPOINTS:%=-%)
-RESULTS ?= results/$(MODEL)$(CHECKPOINTS:%=-%)
-TRAINED ?= outputs/$(MODEL)/train
+NAME = $(patsubst /%,%,$(subst ..,up,$(MODEL)))
+OUT ?= outputs/$(NAME)$(CHECKPOINTS:%=-%)
+RESULTS ?= results/$(NAME)$(CHECKPOINTS:%=-%)
+TRAINED ?= outputs/$(NAME)/train
 ifeq ($(MODEL),demo/model)
 # At the demo's size: short trainings over three seeds, two processes of one thread each.
 JOBS ?= 2

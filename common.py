@@ -158,6 +158,15 @@ def wait_for_all():
             raise UserError("another process has stopped, and says why") from error
 
 
+def part_from_all():
+    """Close the connection to the other processes: left open, it can abort the interpreter at its end."""
+    if processes() > 1:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 def printable(text):
     """Text for the terminal: whatever could steer it, or cannot be encoded, is escaped."""
     if text.isprintable():

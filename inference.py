@@ -55,6 +55,7 @@ from common import (
     load_questions,
     load_tokenizer,
     log,
+    part_from_all,
     printable,
     processes,
     rank,
@@ -98,8 +99,9 @@ def main(argv=None):
                 answer(run, model, tokenizer, requests, made, questions, prompts, output)
             else:
                 log(f"{run.output}: finished already, {len(output.places)} answers; --overwrite makes it again")
-        if run.save_txt:
+        if run.save_txt and is_main():
             save_txt(run.output)
+    part_from_all()
     return 0
 
 

@@ -52,6 +52,7 @@ from common import (
     load_questions,
     load_tokenizer,
     log,
+    part_from_all,
     printable,
     processes,
     read_gold,
@@ -60,6 +61,7 @@ from common import (
     score_final,
     strip_annotations,
     thinking_is_open,
+    wait_for_all,
     write_atomically,
 )
 
@@ -99,6 +101,8 @@ def fine_tune(args, build_model):
         train(trainer, checkpoint)
         record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
         finish(args, trainer, record)
+        wait_for_all()  # a launcher stops the rest as soon as one process has ended badly
+    part_from_all()
     return 0
 
 
