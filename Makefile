@@ -39,7 +39,7 @@ SWEEP = $(addprefix sweep/full/,1e-6 1e-3 3e-3 1e-2 3e-2) \
         $(foreach rank,4 32,$(addprefix sweep/lora-r$(rank)/,1e-6 5e-3 1e-2 3e-2))
 COMPARED = base $(foreach method,full lora-r4 lora-r32,$(method)/1e-6 $(method)/best)
 TRIED = $(foreach run,$(COMPARED),outputs/demo-train/test/$(subst /,_,$(run)).jsonl)
-BRIEFLY = $(DEMO) --max-steps 100 --eval-questions 300 --resume
+BRIEFLY = $(DEMO) --max-steps 80 --eval-questions 300 --resume
 QUIETLY = >outputs/demo-train/$(subst /,-,$@).log 2>&1 || { cat outputs/demo-train/$(subst /,-,$@).log; exit 1; }
 demo-train: export OMP_NUM_THREADS = 1
 demo-train: .venv/installed

@@ -48,6 +48,7 @@ from common import (
     hash_file,
     hash_questions,
     is_main,
+    is_text,
     load_model,
     load_questions,
     load_tokenizer,
@@ -242,14 +243,15 @@ def read_completions(args, known):
     lines, first = [], None
     for number, row in read_jsonl(args.completions, ("question", "model_output", "mode")):
         place, asked = f"--completions {args.completions}:{number}", (row["mode"], row.get("system_prompt"))
+        for key in ("question", "model_output"):
+            if not isinstance(row[key], str) or not is_text(row[key]):
+                raise UserError(f"{place}: {key!r} must be text")
         if row["mode"] not in MODES or row["mode"] == "few_shot":
             raise UserError(f"{place}: mode {row['mode']!r}: a prompt of it cannot be built from the question alone")
         if asked != (first or asked):
             raise UserError(f"{place}: another mode or system prompt than on line 1; keep one run's completions a file")
         if row["question"] not in known:
             raise UserError(f"{place}: its question is not of the train split of {args.dataset}")
-        if not isinstance(row["model_output"], str):
-            raise UserError(f"{place}: 'model_output' must be text, this is {type(row['model_output']).__name__}")
         first = asked
         lines.append(row)
     if not lines:

@@ -529,6 +529,7 @@ def mixed(path):
         (other_question, r"own.jsonl:1: its question is not of the train split"),
         (mixed, r"own.jsonl:2: another mode or system prompt than on line 1"),
         (lambda path: write_completions(path, PROBLEMS[:1], "few_shot"), r"own.jsonl:1: mode 'few_shot'"),
+        (lambda path: write_completions(path, PROBLEMS[:1], output=["#### 4"]), r"own.jsonl:1: 'model_output' must be text"),
         (lambda path: write_completions(path, PROBLEMS[:1]), r"holds none of the \d+ (training|held-out) questions"),
         (lambda path: path.write_text("") and path or path, r"own.jsonl: holds no completion"),
         (lambda path: path, r"own.jsonl: cannot be read"),
