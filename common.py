@@ -496,6 +496,7 @@ def load_model(files, dtype, device):
     logging.disable_progress_bar()
     final = getattr(torch, DTYPES[dtype])
     try:
+        refuse_too_large(files.base or files, 4 if files.base else final.itemsize, device)
         model, report = AutoModelForCausalLM.from_pretrained(
             (files.base or files).folder,
             dtype=torch.float32 if files.base else final,
@@ -515,6 +516,27 @@ def load_model(files, dtype, device):
         if report[trouble]:
             raise UserError(f"--model-id {files.name}: {trouble.replace('_', ' ')} in its weights: {min(report[trouble])}")
     return model
+
+
+def refuse_too_large(files, element, device):
+    """Before weights are loaded: a process that outgrows a machine's memory is killed without a word."""
+    from safetensors import safe_open
+
+    weights = 0
+    for path in files.folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            weights += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    free = free_memory(device)
+    if weights * element > free:
+        raise UserError(
+            f"--model-id {files.name}: its {weights / 1e9:.2f} billion weights take {weights * element / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} are free on {device}; a 16-bit --dtype or a smaller model need less"
+        )
+
+
+def positions(model):
+    """How many positions a model has; without a limit, more than anyone asks for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def merge_adapter(model, files):
@@ -1039,7 +1061,10 @@ def free_memory(device):
     import psutil
     import torch
 
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()  # what torch keeps for itself is free too
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def is_out_of_memory(error):

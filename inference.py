@@ -56,6 +56,7 @@ from common import (
     load_tokenizer,
     log,
     part_from_all,
+    positions,
     printable,
     processes,
     rank,
@@ -307,11 +308,11 @@ def build_requests(args, prompts, missing, tokenizer, model):
     ids = encode(tokenizer, prompts)
     if args.server:  # it knows its positions itself
         return [Request(i, sample, ids[i], args.max_new_tokens) for i, sample in missing]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    limits = [min(args.max_new_tokens, positions - len(prompt)) for prompt in ids]
+    most = positions(model)
+    limits = [min(args.max_new_tokens, most - len(prompt)) for prompt in ids]
     for i, limit in enumerate(limits):
         if limit < 1:
-            raise UserError(f"question {i}: its prompt of {len(ids[i])} tokens does not fit the model's {positions} positions")
+            raise UserError(f"question {i}: its prompt of {len(ids[i])} tokens does not fit the model's {most} positions")
     largest, vocabulary = max(map(max, ids)), model.get_input_embeddings().weight.shape[0]
     if largest >= vocabulary:
         raise UserError(
@@ -320,7 +321,7 @@ def build_requests(args, prompts, missing, tokenizer, model):
         )
     touched = sum(limits[i] < args.max_new_tokens for i, _ in missing)
     if touched:
-        log(f"max_new_tokens cut for {touched} of {len(missing)} answers: the model has {positions} positions")
+        log(f"max_new_tokens cut for {touched} of {len(missing)} answers: the model has {most} positions")
     budgets = think_budgets(args, prompts, limits, tokenizer)
     return [Request(i, sample, ids[i], limits[i], budgets[i]) for i, sample in missing]
 

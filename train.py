@@ -20,10 +20,12 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,7 @@ from common import (
     load_tokenizer,
     log,
     part_from_all,
+    positions,
     printable,
     processes,
     read_gold,
@@ -81,29 +84,34 @@ def main(argv=None):
 
 def fine_tune(args, build_model):
     """The whole job. `build_model(args, files, device)` returns the model and what of it is trained."""
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*")  # TRL 1.16 and peft still use the old name
     check_arguments(args)
     files = find_model(args.model_id)
+    check_output_dir(args, files)
     tokenizer = load_tokenizer(files)
     training, held_out = split_questions(args, load_questions(args.dataset, "train"))
     ask, *pairs = choose_pairs(args, tokenizer, training, held_out)
-    rows, held_out_rows = encode_parts(args, files, tokenizer, *pairs)
-    show_examples(rows[:2], tokenizer)
     device = choose_device(None)
     model = build_model(args, files, device)
+    rows, held_out_rows = encode_parts(args, model, tokenizer, *pairs)
+    show_examples(rows[:2], tokenizer)
     parts = fit_into_memory(args, model, device, rows)
     record = run_record(args, files, training, held_out, pairs[0][0], device, parts)
+    if args.push_to_hub:  # a refusal comes before the training
+        call_hub("create_repo", args.push_to_hub, repo_id=args.push_to_hub, exist_ok=True)
     with locked(args.output_dir):
-        if not claim_folder(args, record):
-            return 0
-        checkpoint = last_checkpoint(args.output_dir) if args.resume else None
-        config = build_config(args, parts, len(rows), checkpoint)
-        trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out, ask)
-        begun = time.perf_counter()
-        train(trainer, checkpoint)
-        record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
-        finish(args, trainer, record)
-        wait_for_all()  # a launcher stops the rest as soon as one process has ended badly
-    part_from_all()
+        finished, checkpoint = from_main(lambda: claim_folder(args, record))
+        if not finished:
+            config = build_config(args, parts, len(rows), checkpoint)
+            trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out, ask)
+            begun = time.perf_counter()
+            train(trainer, checkpoint)
+            record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
+            finish(args, trainer, record)
+            wait_for_all()  # a launcher stops the rest as soon as one process has ended badly
+        part_from_all()
+        if args.push_to_hub:
+            call_hub("upload_folder", args.push_to_hub, repo_id=args.push_to_hub, folder_path=args.output_dir)
     return 0
 
 
@@ -113,16 +121,17 @@ def fine_tune(args, build_model):
 
 
 def build_parser(prog, description, learning_rate, rate_source):
-    parser = ArgumentParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    fixed = "Always so: AdamW and gradients clipped to norm 1 (transformers' defaults), no weight decay (Stanford Alpaca's)."
+    parser = ArgumentParser(prog, description=description, epilog=fixed, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model-id", default="Qwen/Qwen3-0.6B", help="hub id or folder of the model to start from (default %(default)s)")
     add("--dataset", default="openai/gsm8k", help="hub id, or folder with train.jsonl (default %(default)s)")
     add("--output-dir", type=Path, required=True, help="folder for the model, its checkpoints, logs and run record")
     add("--epochs", type=at_least(1), default=3, help="passes over the training part (default 3: Stanford Alpaca's)")
     add("--max-steps", type=at_least(1), help="stop after so many steps, whatever --epochs says")
-    add("--learning-rate", type=positive, default=learning_rate, help=f"peak (default %(default)g: {rate_source})")
+    add("--learning-rate", type=above_0, default=learning_rate, help=f"peak (default %(default)g: {rate_source})")
     add("--lr-scheduler", choices=SCHEDULERS, default="cosine", help="(default %(default)s: Stanford Alpaca's)")
-    add("--warmup", type=not_negative, default=0.03,
+    add("--warmup", type=from_0, default=0.03,
         help="share of the steps, or from 1 on their number (default %(default)s: Stanford Alpaca's)")  # fmt: skip
     add("--batch-size", type=at_least(1), default=16,
         help="examples a step, over all processes and accumulated parts (default %(default)s: QLoRA's)")  # fmt: skip
@@ -146,21 +155,23 @@ def build_parser(prog, description, learning_rate, rate_source):
     return parser
 
 
-def positive(text):
-    number = not_negative(text)
-    if not number:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return number
+def number(fits, wanted):
+    """An argparse type: a finite number that fits."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
+        if not (math.isfinite(value) and fits(value)):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+        return value
+
+    return parse
 
 
-def not_negative(text):
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return number
+above_0 = number(lambda value: value > 0, "above 0")
+from_0 = number(lambda value: value >= 0, "0 or more")
 
 
 def check_arguments(args):
@@ -190,8 +201,15 @@ def check_arguments(args):
         args.dtype = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     elif args.dtype == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("--dtype bf16: this GPU has no bf16; pass --dtype fp32")
-    if args.push_to_hub:
-        call_hub("create_repo", args.push_to_hub, repo_id=args.push_to_hub, exist_ok=True)
+
+
+def check_output_dir(args, files):
+    """--overwrite empties the folder: nothing that the run reads may stand in it."""
+    read = {"--model-id": files.folder, "the adapter's base": files.base and files.base.folder,
+            "--dataset": Path(args.dataset), "--completions": args.completions}  # fmt: skip
+    for name, path in read.items():
+        if path and path.exists() and path.resolve().is_relative_to(args.output_dir.resolve()):
+            raise UserError(f"--output-dir {args.output_dir}: holds {name} ({path}); pass another folder")
 
 
 # ------------------------------------------------------------------------------------------
@@ -271,7 +289,7 @@ def target_completion(answer):
     return f"{reasoning.strip()}\n</think>\n\n#### {number.strip()}<|im_end|>"
 
 
-def encode_rows(name, pairs, tokenizer, positions):
+def encode_rows(name, pairs, tokenizer, most):
     """Tokenize (prompt, completion) pairs, prompts as inference does; labels cover the completion alone.
 
     Dropped, counted and printed: what the model's positions cannot hold, for cutting it would cut
@@ -286,11 +304,11 @@ def encode_rows(name, pairs, tokenizer, positions):
     for prompt, completion, whole in zip(*encoded, strict=True):
         if prompt + completion != whole:
             merged += 1
-        elif len(whole) > positions:
+        elif len(whole) > most:
             too_long += 1
         else:
             rows.append({"input_ids": whole, "labels": [IGNORED] * len(prompt) + completion})
-    reasons = {f"longer than the model's {positions} positions": too_long, "prompt and completion merge": merged}
+    reasons = {f"longer than the model's {most} positions": too_long, "prompt and completion merge": merged}
     for reason, count in reasons.items():
         if count:
             log(f"{count} of {len(pairs)} {name} examples dropped: {reason}")
@@ -299,12 +317,11 @@ def encode_rows(name, pairs, tokenizer, positions):
     return rows
 
 
-def encode_parts(args, files, tokenizer, training, held_out):
+def encode_parts(args, model, tokenizer, training, held_out):
     """The rows of pairs to train on and the rows to evaluate on, as many as the model's positions can hold."""
-    config = read_json((files.base or files).folder / "config.json")
-    positions = config.get("text_config", config).get("max_position_embeddings") or sys.maxsize
+    most = positions(model)
     rows, held_out_rows = (
-        encode_rows(name, pairs, tokenizer, positions) for name, pairs in (("training", training), ("held-out", held_out))
+        encode_rows(name, pairs, tokenizer, most) for name, pairs in (("training", training), ("held-out", held_out))
     )
     if len(rows) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size}: more than the {len(rows)} examples there are to train on")
@@ -386,34 +403,35 @@ def locked(folder):
         os.close(handle)
 
 
+def from_main(decide):
+    """What `decide()` gives in the main process, in every process: files change while the others look."""
+    decided = [decide() if is_main() else None]
+    if processes() > 1:
+        import torch
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        PartialState(cpu=not torch.cuda.is_available())
+        broadcast_object_list(decided)
+    return decided[0]
+
+
 def claim_folder(args, record):
-    """Make the folder this run's own; False where it is finished. UserError where it holds another run."""
+    """Make the folder this run's own: (whether it is finished, the checkpoint to go on from). UserError where it holds another."""
     folder, path = args.output_dir, args.output_dir / RECORD
-    if not is_main():
-        return not (args.resume and is_finished(path, record))
     try:
         if path.exists():
             drop_or_go_on(args, path, record)
         held = sorted(entry.name for entry in folder.iterdir())
         if held and not path.exists():
             raise UserError(f"--output-dir {folder}: holds {held[0]!r} and no {RECORD}; pass an empty folder")
-        if is_finished(path, record):
+        if path.exists() and read_json(path)["result"]:
             log(f"{folder}: finished already")
-            return False
+            return True, None
         write_record(args, record)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written: {error.strerror}") from error
-    return True
-
-
-def is_finished(path, record):
-    """Whether the run of this record stands there, finished."""
-    try:
-        old = read_json(path)
-        compare_records(path, old, record)
-    except UserError:  # none there, or another
-        return False
-    return bool(old["result"])
+    return False, last_checkpoint(folder) if args.resume else None
 
 
 def drop_or_go_on(args, path, record):
@@ -440,7 +458,8 @@ def write_record(args, record):
 
 def checkpoints(folder):
     """The checkpoint folders, the newest last."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def last_checkpoint(folder):
@@ -461,12 +480,14 @@ def last_checkpoint(folder):
 
 def load_full_model(args, files, device):
     """All weights in fp32, whatever precision computes: in bf16 most steps would round to nothing."""
-    return load_model(files, "fp32", device)
+    return load_model(files, "fp32", device).requires_grad_()  # a merged adapter leaves its base frozen
 
 
 def fit_into_memory(args, model, device, rows):
     """How many parts a process must cut its share of a batch into, by estimate; UserError where no cut is enough."""
     free = free_memory(device)
+    if device.type == "cpu":  # whose memory all processes of the machine share
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     state = 12 * trainable(model)  # gradient and AdamW's two moments, in fp32; the weight, 4 more, is loaded already
     element = 2 if args.dtype == "bf16" else 4
     row = max(map(len_ids, rows)) * activation_bytes_per_token(model, element, fused_head=device.type == "cuda")
@@ -478,6 +499,7 @@ def fit_into_memory(args, model, device, rows):
             f"training needs about {(state + row) / 2**30:.1f} GiB beside the weights, {state / 2**30:.1f} of it for "
             f"gradients and optimizer, and {free / 2**30:.1f} are free; train_lora.py or a smaller model need less"
         )
+    parts = max_over_processes(parts)
     if parts > args.gradient_accumulation:
         log(f"memory is short: a batch goes in {parts} parts, which costs time and changes nothing else")
     log(
@@ -485,6 +507,17 @@ def fit_into_memory(args, model, device, rows):
         f"{trainable(model):,} of {sum(weight.numel() for weight in model.parameters()):,} weights are trained"
     )
     return parts
+
+
+def max_over_processes(number):
+    if processes() == 1:
+        return number
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=not torch.cuda.is_available())
+    return max(gather_object([number]))
 
 
 def trainable(model):
@@ -513,14 +546,9 @@ def activation_bytes_per_token(model, element, fused_head):
 
 
 def build_config(args, parts, examples, checkpoint=None):
-    import warnings
-
     import torch
-    from transformers.utils import logging
     from trl import SFTConfig
 
-    logging.set_verbosity_error()
-    warnings.simplefilter("ignore", FutureWarning)  # TRL 1.16 still says gradient_checkpointing to transformers
     cuda = torch.cuda.is_available()
     size = args.batch_size // processes() // parts
     steps = args.max_steps or args.epochs * (examples // args.batch_size)
@@ -540,6 +568,7 @@ def build_config(args, parts, examples, checkpoint=None):
         gradient_checkpointing=False,  # TRL turns it on: less memory, a third more time
         bf16=args.dtype == "bf16",
         use_cpu=not cuda,
+        ddp_find_unused_parameters=False,  # all are used; looking for others costs time
         dataloader_pin_memory=cuda,
         seed=args.seed,
         max_length=None,  # TRL's 1,024 would cut the end of a row, which is the answer
@@ -561,6 +590,7 @@ def build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out,
     from datasets import Dataset
     from trl import SFTTrainer
 
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "<|im_end|>"  # of no effect: it is neither seen nor trained
     trainer = type("Trainer", (Scoring, SFTTrainer), {})(
         model=model,
         args=config,
@@ -572,7 +602,6 @@ def build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out,
     trainer.patience = args.patience
     trainer.questions, trainer.ask = held_out[: args.eval_questions], ask
     trainer.most_new_tokens = max(EVAL_MAX_NEW_TOKENS, *(sum(label != IGNORED for label in row["labels"]) for row in rows))
-    trainer.card = lambda: model_card(args, trainer)
     return trainer
 
 
@@ -635,12 +664,15 @@ class Scoring:
         from torch.nn.functional import cross_entropy
 
         if labels.is_cuda:
-            return -model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum()
+            return self.fused_loss(model, ids, labels)
         first = int((labels != IGNORED).any(dim=0).nonzero()[0])
         kept = labels.shape[1] - first + 1
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[:, :-1]
         logits, labels = logits.flatten(0, 1).float(), labels[:, first:].flatten()
         return cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+    def fused_loss(self, model, ids, labels):
+        return -model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum()
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """eval_loss over the tokens of all held-out rows, eval_score over the questions, shared out by process.
@@ -652,8 +684,11 @@ class Scoring:
 
         self.model.eval()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        sums = torch.tensor([*self.sum_losses(rank, ranks), *self.count_right(rank, ranks)], dtype=torch.float64)
-        loss, tokens, right, asked = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+        loss, tokens = self.sum_losses(rank, ranks)
+        diverged = not math.isfinite(loss)  # then there is nothing to ask
+        right, asked = (0, len(self.questions[rank::ranks])) if diverged else self.count_right(rank, ranks)
+        sums = torch.tensor([loss, tokens, right, asked], dtype=torch.float64).to(self.args.device)
+        loss, tokens, right, asked = self.accelerator.reduce(sums).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / tokens}
         line = f"step {self.state.global_step}: eval_loss {loss / tokens:.4f}"
         if asked:
@@ -692,7 +727,7 @@ class Scoring:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         texts = [self.ask(item.question) for item in questions]
         prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        room = positions(model)
         requests = [
             Request(i, 0, prompt, min(self.most_new_tokens, room - len(prompt)))
             for i, prompt in enumerate(prompts)
@@ -709,6 +744,10 @@ class Scoring:
 
     def _determine_best_metric(self, metrics, trial):
         """Of equal scores the lower loss is the better checkpoint; patience asks for a better score."""
+        if not math.isfinite(metrics["eval_loss"]):
+            log("eval_loss is not a number: the training has diverged and stops")
+            self.control.should_training_stop = True
+            return False
         history = [row for row in self.state.log_history if "eval_loss" in row and row["step"]]
         name = self.args.metric_for_best_model
         sign = 1 if self.args.greater_is_better else -1
@@ -722,8 +761,12 @@ class Scoring:
         return super()._determine_best_metric(metrics, trial)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        """After each step, and each epoch. A signal that arrived meanwhile saves and stops."""
-        if self.stop_asked():
+        """After each step, and each epoch. A signal that arrived meanwhile saves and stops.
+
+        The last step of an epoch is saved with the epoch, after its evaluation.
+        """
+        ends_epoch = self.state.global_step * self.order.batch_size % len(self.order) == 0
+        if self.stop_asked() and not (ends_epoch or self.state.global_step == self.state.max_steps):
             self.control.should_save = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -748,9 +791,7 @@ class Scoring:
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def create_model_card(self, *args, **kwargs):
-        """Ours in place of TRL's, which knows no scores."""
-        if is_main():
-            write_atomically(Path(self.args.output_dir, "README.md"), self.card())
+        """TRL's knows no scores: `finish` writes ours."""
 
 
 def train(trainer, checkpoint):
@@ -761,8 +802,11 @@ def train(trainer, checkpoint):
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         control = state.stateful_callbacks["TrainerControl"]["args"]
         if state.global_step >= state.max_steps or control["should_training_stop"]:
-            trainer.state = state  # killed after its last step
-            return trainer._load_best_model()
+            trainer.state = state  # killed after its last step; the folder may have another name since
+            if state.best_global_step:
+                state.best_model_checkpoint = str(checkpoint.parent / f"checkpoint-{state.best_global_step}")
+                trainer._load_best_model()
+            return
     with stopping_on_signals(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -794,21 +838,24 @@ def stopping_on_signals(trainer):
 
 def finish(args, trainer, record):
     """The model with its tokenizer, the trainer's state, curves, card and record; then no more checkpoints."""
+    best = evaluations(trainer).get(trainer.state.best_global_step)
+    if best is None:
+        raise UserError(f"--learning-rate {args.learning_rate:g}: the training diverged before it was of any use; pass a smaller one")
     if getattr(args, "merge", False):
         trainer.model = trainer.model.float().merge_and_unload()
     trainer.save_model()
     trainer.save_state()
     if not is_main():
         return
-    trainer.create_model_card()
+    write_atomically(args.output_dir / "README.md", model_card(args, trainer))
     draw_curves(trainer.state.log_history, args.output_dir / "training.png")
-    record["result"] = evaluations(trainer)[trainer.state.best_global_step]
+    record["result"] = best
     write_record(args, record)
     for checkpoint in checkpoints(args.output_dir):
         shutil.rmtree(checkpoint)
+    if not improved(trainer):
+        log(NOT_IMPROVED)
     log(f"{args.output_dir}: finished; python inference.py --mode chatml_think_prefill --model-id {args.output_dir}")
-    if args.push_to_hub:
-        call_hub("upload_folder", args.push_to_hub, repo_id=args.push_to_hub, folder_path=args.output_dir)
 
 
 def call_hub(method, name, **arguments):
@@ -828,6 +875,16 @@ def evaluations(trainer):
     return {row["step"]: row for row in trainer.state.log_history if "eval_loss" in row}
 
 
+NOT_IMPROVED = "No evaluation was better than that of the untrained model, at step 0, which is no candidate."
+
+
+def improved(trainer):
+    """Whether the checkpoint that is kept beats the model that the training began with."""
+    scored, name = evaluations(trainer), trainer.args.metric_for_best_model
+    sign = 1 if trainer.args.greater_is_better else -1
+    return 0 not in scored or sign * scored[trainer.state.best_global_step][name] > sign * scored[0][name]
+
+
 def model_card(args, trainer):
     best = trainer.state.best_global_step
     rows = []
@@ -838,24 +895,27 @@ def model_card(args, trainer):
     method = f"LoRA of rank {args.rank}" if hasattr(args, "rank") else "all weights"
     targets = "right answers of its own" if args.completions else "reference answers"
     on_hub = not Path(args.model_id).exists()
+    length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"
+    library = "peft" if hasattr(args, "rank") and not args.merge else "transformers"
     return "\n".join(
         [
             "---",
             *([f"base_model: {args.model_id}"] if on_hub else []),
             *([f"datasets: [{args.dataset}]"] if not Path(args.dataset).exists() else []),
-            "library_name: transformers",
+            f"library_name: {library}",
             "---",
             "",
             f"# {args.model_id} fine-tuned on {args.dataset}",
             "",
-            f"Fine-tuned ({method}) on {targets}: {args.epochs} epochs at most, learning rate {args.learning_rate:g},",
-            f"{args.lr_scheduler}, batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.questions)} questions",
+            f"Fine-tuned ({method}) on {targets}: {length} at most, learning rate {args.learning_rate:g},",
+            f"{args.lr_scheduler}, warm-up {args.warmup:g}, batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.questions)} questions",
             "held out of the train split, in percent with their standard error; the test split was not read.",
             "",
             "| step | epoch | eval_loss | eval_score | |",
             "| ---: | ---: | ---: | ---: | --- |",
             *rows,
             "",
+            *([] if improved(trainer) else [NOT_IMPROVED, ""]),
             "It was trained to go on from this prompt:",
             "",
             "```",
@@ -874,22 +934,15 @@ def draw_curves(history, path):
     from matplotlib import pyplot
 
     scored = [row for row in history if "eval_score" in row]
-    plots = 1 + bool(scored)
-    figure, axes = pyplot.subplots(plots, sharex=True, figsize=(8, 6), layout="constrained", squeeze=False)
-    for name, label in (("loss", "training loss"), ("eval_loss", "eval_loss")):
+    figure, axes = pyplot.subplots(1 + bool(scored), sharex=True, figsize=(8, 6), layout="constrained", squeeze=False)
+    for name, mark in (("loss", "-"), ("eval_loss", "o-")):
         rows = [row for row in history if name in row]
-        marked = "-" if name == "loss" else "o-"
-        axes[0, 0].plot([row["step"] for row in rows], [row[name] for row in rows], marked, label=label)
+        axes[0, 0].plot([row["step"] for row in rows], [row[name] for row in rows], mark, label=name)
     axes[0, 0].set_ylabel("loss a token")
     axes[0, 0].legend()
     if scored:
-        axes[1, 0].errorbar(
-            [row["step"] for row in scored],
-            [row["eval_score"] for row in scored],
-            [row["eval_score_stderr"] for row in scored],
-            fmt="o-",
-            capsize=3,
-        )
+        columns = ([row[name] for row in scored] for name in ("step", "eval_score", "eval_score_stderr"))
+        axes[1, 0].errorbar(*columns, fmt="o-", capsize=3)
         axes[1, 0].set_ylabel("eval_score, % ± standard error")
     axes[-1, 0].set_xlabel("step")
     figure.savefig(path, dpi=150)

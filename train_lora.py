@@ -13,7 +13,7 @@ The output is the adapter, which inference.py takes beside its base; --merge wri
 import sys
 
 from common import UserError, at_least, command_line, load_model
-from train import build_parser, fine_tune, not_negative, positive
+from train import above_0, build_parser, fine_tune, from_0
 
 
 @command_line
@@ -25,9 +25,9 @@ def parse_args(argv):
     parser = build_parser("train_lora.py", __doc__, learning_rate=2e-4, rate_source="QLoRA's; LoRA wants some ten times the full rate")
     add = parser.add_argument
     regret = "Thinking Machines, LoRA Without Regret"
-    add("--rank", type=at_least(1, 1024), default=32, help="of the adapters, at most 1024 (default %(default)s)")
-    add("--alpha", type=positive, default=32, help=f"their scale is alpha/rank (default 32 whatever the rank: {regret})")
-    add("--dropout", type=not_negative, default=0.0, help="of the adapters' input (default 0)")
+    add("--rank", type=at_least(1, 1024), default=32, help="of the adapters, at most 1024 (default %(default)s: the larger of the two published)")
+    add("--alpha", type=above_0, default=32, help=f"their scale is alpha/rank (default 32 whatever the rank: {regret})")
+    add("--dropout", type=from_0, default=0.0, help="of the adapters' input (default 0: peft's)")
     add("--target-modules", default="all-linear",
         help=f"names of linear layers, by commas, or all-linear (default all-linear: {regret})")  # fmt: skip
     add("--merge", action="store_true", help="write the full model, adapters added, and no adapter")

@@ -245,6 +245,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(trained, dataset, t
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=400)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "run/checkpoint-4").is_dir() and not (tmp_path / "run/model.safetensors").exists()
+    (tmp_path / "run/checkpoint-4-backup").mkdir()  # the user's own: no checkpoint to go on from
     torn = tmp_path / "run/checkpoint-6"  # a checkpoint that was being written when the kill came
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 6')
@@ -255,17 +256,23 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(trained, dataset, t
     assert len(read_json(tmp_path / "run" / train.RECORD)["segments"]) == 2
 
 
-def test_an_interrupt_stops_after_the_step_saves_and_goes_on(trained, dataset, tmp_path, monkeypatch, capsys):
+def interrupt_at(step, script, arguments, monkeypatch):
+    """Run a script and send SIGINT while it computes this step."""
+
     def interrupted(trainer, *args, **kwargs):
-        if trainer.state.global_step == 5:
+        if trainer.state.global_step == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return super(train.Scoring, trainer).training_step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Scoring, "training_step", interrupted, raising=False)
         with pytest.raises(SystemExit) as stopped:
-            train.main(flags(dataset, tmp_path / "run"))
+            script.main(arguments)
     assert stopped.value.code == 130
+
+
+def test_an_interrupt_stops_after_the_step_saves_and_goes_on(trained, dataset, tmp_path, monkeypatch, capsys):
+    interrupt_at(6, train, flags(dataset, tmp_path / "run"), monkeypatch)
     assert "stopped after step 6 and saved" in capsys.readouterr().out
     assert (tmp_path / "run/checkpoint-6").is_dir()
     assert train.main(flags(dataset, tmp_path / "run", "--resume")) == 0
@@ -273,6 +280,41 @@ def test_an_interrupt_stops_after_the_step_saves_and_goes_on(trained, dataset, t
     assert same_weights(tmp_path / "run", trained)
     assert train.main(flags(dataset, tmp_path / "run", "--resume")) == 0
     assert "finished already" in capsys.readouterr().out
+
+
+def test_lora_interrupted_in_the_last_step_of_an_epoch_loses_no_evaluation(dataset, tmp_path, monkeypatch):
+    """With dropout, so that the generator's state must come back too."""
+    lora = ("--rank", 4, "--dropout", 0.1, "--learning-rate", 5e-3)
+    assert train_lora.main(flags(dataset, tmp_path / "whole", *lora)) == 0
+    interrupt_at(4, train_lora, flags(dataset, tmp_path / "run", *lora), monkeypatch)
+    assert (tmp_path / "run/checkpoint-4").is_dir()
+    interrupt_at(8, train_lora, flags(dataset, tmp_path / "run", *lora, "--resume"), monkeypatch)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert train_lora.main(flags(dataset, tmp_path / "moved", *lora, "--resume")) == 0
+    for key in ("loss", "eval_loss", "eval_score"):
+        assert history(tmp_path / "moved", key) == history(tmp_path / "whole", key)
+    assert list(history(tmp_path / "moved", "eval_loss")) == [0, 4, 8]
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "moved"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_training_that_diverges_stops_and_keeps_the_best_there_was(dataset, tmp_path, monkeypatch, capsys):
+    sums = train.Scoring.sum_losses
+
+    def diverging(trainer, *ranks):
+        loss, tokens = sums(trainer, *ranks)
+        return (float("nan"), tokens) if trainer.state.global_step >= first_bad else (loss, tokens)
+
+    monkeypatch.setattr(train.Scoring, "sum_losses", diverging)
+    first_bad = 8
+    assert train.main(flags(dataset, tmp_path / "run", "--epochs", 4)) == 0
+    assert "the training has diverged and stops" in capsys.readouterr().out
+    assert list(history(tmp_path / "run", "eval_loss")) == [0, 4, 8]
+    assert read_json(tmp_path / "run/trainer_state.json")["best_global_step"] == 4
+    first_bad = 4
+    with pytest.raises(SystemExit, match="2"):
+        train.main(flags(dataset, tmp_path / "none", "--eval-questions", 0))
+    assert "--learning-rate 0.001: the training diverged" in capsys.readouterr().err
 
 
 def test_a_run_killed_after_its_last_checkpoint_only_finishes(dataset, tmp_path, monkeypatch):
@@ -337,6 +379,28 @@ def test_adapter_is_taken_by_inference_and_merged_answers_alike(dataset, tmp_pat
         assert torch.allclose(one(ids).logits, other(ids).logits, atol=1e-4)
 
 
+def test_all_weights_of_an_adapter_and_its_base_can_be_trained_on(dataset, tmp_path):
+    small = ("--max-steps", 2, "--eval-questions", 0)
+    assert train_lora.main(flags(dataset, tmp_path / "adapter", *small)) == 0
+    assert train.main([*flags(dataset, tmp_path / "full", *small), "--model-id", str(tmp_path / "adapter")]) == 0
+    assert not same_weights(Path(MODEL), tmp_path / "full")
+
+
+def test_the_loss_on_a_gpu_is_the_loss_on_a_cpu(dataset, tmp_path):
+    """TRL's fused head, which only CUDA takes, runs on a CPU as well."""
+    args = train_lora.parse_args(flags(dataset, tmp_path, "--dtype", "fp32"))
+    files = find_model(MODEL)
+    tokenizer, pairs = load_tokenizer(files), train.target_pairs(load_questions(str(dataset), "train")[:12])
+    rows = train.encode_rows("training", pairs, tokenizer, 2048)
+    for load in (train.load_full_model, train_lora.load_with_adapter):
+        model = load(args, files, torch.device("cpu"))
+        config = train.build_config(args, 1, len(rows))
+        trainer = train.build_trainer(args, config, model, tokenizer, rows, rows, [], None)
+        batch = trainer.data_collator(rows)
+        ids, labels = batch["input_ids"], batch["labels"]
+        assert trainer.fused_loss(model, ids, labels).item() == pytest.approx(trainer.part_loss(model, ids, labels).item(), rel=1e-5)
+
+
 def test_the_base_of_an_adapter_stays_as_it_is_in_bf16(dataset, tmp_path):
     args = train_lora.parse_args(flags(dataset, tmp_path, "--dtype", "bf16"))
     model = train_lora.load_with_adapter(args, find_model(MODEL), torch.device("cpu"))
@@ -360,6 +424,8 @@ def test_push_to_hub_asks_for_the_repository_first_and_uploads_at_the_end(datase
     assert train.main(flags(dataset, tmp_path / "run", "--max-steps", 1, "--push-to-hub", "me/model")) == 0
     assert [method for method, _ in calls] == ["create_repo", "upload_folder"]
     assert calls[1][1] == {"repo_id": "me/model", "folder_path": tmp_path / "run"}
+    assert train.main(flags(dataset, tmp_path / "run", "--max-steps", 1, "--push-to-hub", "me/model", "--resume")) == 0
+    assert [method for method, _ in calls] == ["create_repo", "upload_folder"] * 2  # finished, and uploaded once more
 
 
 # ------------------------------------------------------------------------------------------
@@ -426,7 +492,8 @@ BAD_INPUTS = [  # script, what spoils the data set, more flags, what the line na
     (train, None, ("--dtype", "int8"), "--dtype: invalid choice"),
     (train, None, ("--model-id", "./nowhere"), "--model-id ./nowhere: not a model folder"),
     (train, None, ("--dataset", "./nowhere"), "--dataset ./nowhere: not a folder"),
-    (train, None, ("--output-dir", MODEL), "and no train.run.json; pass an empty folder"),
+    (train, None, ("--output-dir", ROOT / "results"), "and no train.run.json; pass an empty folder"),
+    (train, None, ("--output-dir", str(Path(MODEL).parent), "--overwrite"), "demo: holds --model-id"),
     (train, None, ("--output-dir", "/proc/model"), "--output-dir /proc/model: cannot be written"),
     (train, None, ("--push-to-hub", "no/such/name"), "--push-to-hub no/such/name"),
     (train_lora, None, ("--target-modules", "q_porj"), "the model has no linear layer 'q_porj'; it has down_proj, gate_proj"),
