@@ -584,17 +584,23 @@ def choose_dtype(dtype, device, note=log):
 # ------------------------------------------------------------------------------------------
 # Generation: a rolling, left-padded batch
 #
-# All live rows share one window of key/value columns, and the newest token of every row stands
-# in its last column, so one slice assignment writes a step in place. A row that ends leaves at
-# once: the last row moves into its slot, and waiting prompts are prefilled into the slots that
-# came free, right-aligned to the same column. The beginning that all prompts share is computed
-# once and kept apart: every row attends to it, none holds a copy.
+# Rows of like length come in together, as a cohort: they share one buffer of key/value columns a
+# layer, and the newest token of every row stands in the same column, so that one slice assignment
+# writes a step in place. A row that ends leaves at once: the cohort's last row moves into its slot.
+# When enough slots or memory are free, waiting prompts are prefilled as the next cohort; old
+# cohorts, which have few rows left, merge. A cohort whose columns are used up is copied into new
+# ones, without the columns in which no row stands. All cohorts take a step in one forward pass,
+# and attend one after the other. The beginning that all prompts share is computed once and kept
+# apart: every row attends to it, none holds a copy.
 # ------------------------------------------------------------------------------------------
 
 MOST_SLOTS = {"cpu": 1024, "cuda": 1024}  # what --batch-size auto takes where memory allows more
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one pass; on a CPU the activations stay in its caches
+PREFILL_PAIRS = 2**22  # of one pass, of a token that attends and one that is attended to: their scores take memory
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
-SPARE_COLUMNS = 128  # beyond the longest prompt at first, and beyond the longest row at most
+SPARE_COLUMNS = 24  # beyond those in use, and an eighth of these
+MOST_COHORTS = 4  # each costs calls in every step
+LIKE = 0.75  # of the length of a cohort's longest row its others have at least so much, as it begins
 
 
 @dataclass(frozen=True)
@@ -669,11 +675,10 @@ class Completion:
 
 @dataclass(eq=False)
 class Row:
-    """A request on its way: its tokens so far, and the window column where it begins."""
+    """A request on its way: its tokens so far."""
 
     request: Request
     tokens: list
-    start: int = 0
 
     def __len__(self):
         return len(self.request.prompt_ids) + len(self.tokens)
@@ -739,12 +744,12 @@ def borrowed(model, cache):
     """The model in evaluation mode with the cache's attention; both are put back at the end."""
     from transformers import AttentionInterface
 
-    training, attention = model.training, model.config._attn_implementation
-    AttentionInterface.register("rolling", cache.attend)
+    training, attention, name = model.training, model.config._attn_implementation, f"rolling_{id(model)}"
+    AttentionInterface.register(name, cache.attend)
     try:
         model.eval()
-        model.set_attn_implementation("rolling")
-        if model.config._attn_implementation != "rolling":
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
             raise unfit(model)
         yield
     finally:
@@ -753,299 +758,427 @@ def borrowed(model, cache):
         cache.clear()
 
 
+@dataclass(eq=False)
+class Cohort:
+    """Rows that came in together, in slots 0, 1, … of one buffer a layer, newest token in column `width - 1`."""
+
+    rows: list
+    slots: int
+    columns: int
+    width: int
+    buffers: dict  # layer → [keys, values], each (slots, groups, columns, dim)
+
+
 class RollingBatch:
-    """The live rows, slot by slot, and the waiting ones."""
+    """The live rows, cohort by cohort, and the waiting ones."""
 
     def __init__(self, model, cache, requests, decoding, stop_ids, batch_size, note):
         self.model, self.cache, self.decoding = model, cache, decoding
         self.stop_ids, self.note = stop_ids, note
         self.kind = "cuda" if model.device.type == "cuda" else "cpu"
-        self.rows, self.waiting = [], [Row(request, [*request.begun]) for request in requests]
-        self.first = self.last = 0  # the window
-        self.prefix = self.read_prefix(shared_beginning([request.prompt_ids for request in requests]))
-        longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-        self.columns = longest - self.prefix + longest // 8 + SPARE_COLUMNS
-        self.slots = self.choose_slots(batch_size)
+        self.cohorts, self.filling, self.ended = [], None, []
+        self.finished = self.produced = 0
+        self.longest_answer = max(request.max_new_tokens for request in requests)
+        self.most_columns = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+        self.read_prefix(shared_beginning([request.prompt_ids for request in requests]))
+        self.wait(Row(request, [*request.begun]) for request in requests)
+        self.choose_slots(batch_size)
 
     def run(self):
         """Yield the rows that end, until none is left."""
-        while self.rows or self.waiting:
-            free = self.slots - len(self.rows)
+        while self.cohorts or self.waiting:
             try:
-                if not self.cache.buffers:
-                    self.allocate()
-                if self.waiting and (not self.rows or free >= min(len(self.waiting), self.slots // 8 + 1)):
-                    ended = self.admit(free)
+                room = self.room()
+                if room:
+                    self.admit(room)
                 else:
-                    ended = self.step()
+                    self.step()
             except RuntimeError as error:
                 if self.slots == 1 or not is_out_of_memory(error):
                     raise
                 self.restart_with_half()
-                continue
+            ended, self.ended = self.ended, []
             yield from ended
 
     def read_prefix(self, ids):
-        """Compute the tokens that all prompts share, once; returns how many they are.
-
-        Without any, one token is read all the same: it shows the sizes of keys and values.
-        """
-        self.prefix, self.last = 0, max(1, len(ids))
+        """Compute the tokens that all prompts share, once. Without any, one is read all the same: it shows the cache's sizes."""
+        self.prefix, self.waiting = 0, []
         try:
-            self.forward([[*ids] or [0]], [0], slice(0, 1), 0)
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            self.forward([[*ids] or [0]], [max(1, len(ids))], [Part(None, slice(0, 1))])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            raise unfit(self.model) from error
-        if not self.cache.attended:
-            raise unfit(self.model)
+            raise unfit(self.model, error) from error
+        check_fit(self.model, self.cache, self.most_columns)
         self.cache.end_prefix(len(ids))
-        return len(ids)
+        self.prefix, self.token_bytes = len(ids), self.cache.bytes_per_token()
+
+    def wait(self, rows):
+        """Rows wait longest first, taken from the list's end: those that come together are of like length."""
+        self.waiting = sorted([*self.waiting, *rows], key=lambda row: (len(row), -row.request.id, -row.request.sample))
 
     def choose_slots(self, batch_size):
-        token_bytes = self.cache.bytes_per_token()
         free = free_memory(self.model.device)
-        fitting = int(free * MEMORY_SHARE[self.kind] / (token_bytes * self.columns))
-        slots, reason = min(
-            (len(self.waiting), "one for each request"),
-            (MOST_SLOTS[self.kind], f"the most that pays on {self.kind}"),
-            (max(1, fitting), "what fits into memory"),
-        )
-        if batch_size != "auto":
-            return min(batch_size, len(self.waiting))
-        self.note(
-            f"batch size {slots}: {reason} ({self.columns} columns of {token_bytes / 1024:.1f} KiB a row, "
-            f"{slots * self.columns * token_bytes / 2**30:.2f} of {free / 2**30:.1f} GiB free)"
-        )
-        return slots
+        self.budget = int(free * MEMORY_SHARE[self.kind] / self.token_bytes)  # in columns of one row
+        most = MOST_SLOTS[self.kind] if batch_size == "auto" else batch_size
+        self.slots = max(1, min(most, len(self.waiting)))
+        fits = max(1, self.budget // self.typical())
+        reason = "one for each request" if self.slots == len(self.waiting) else f"the most that pays on {self.kind}"
+        if fits < self.slots:
+            reason = f"what fits into memory at first, and up to {self.slots} where answers turn out short"
+        if batch_size == "auto" or fits < self.slots:
+            self.note(
+                f"batch size {min(fits, self.slots)}: {reason} (about {self.typical()} columns of "
+                f"{self.token_bytes / 1024:.1f} KiB a row, {free / 2**30:.1f} GiB free)"
+            )
 
-    def allocate(self):
-        """Sort the waiting rows longest first, taken from the list's end: what comes later fits the window."""
-        self.waiting.sort(key=lambda row: (len(row), -row.request.id, -row.request.sample))
-        self.cache.allocate(self.slots, min(self.columns, len(self.waiting[-1]) - self.prefix + SPARE_COLUMNS))
+    def own(self, row):
+        """The columns that a row takes: its tokens behind the shared beginning."""
+        return len(row) - self.prefix
 
-    def admit(self, free):
-        """Prefill the next waiting rows, of about equal lengths, into free slots."""
-        width = len(self.waiting[-1]) - self.prefix
-        count = min(free, len(self.waiting), max(1, PREFILL_TOKENS[self.kind] // width))
+    def typical(self):
+        """The columns that the longest waiting row takes halfway through its answer.
+
+        How long answers are is not known before: their limit stands for it until 32 have ended, then
+        all tokens by the number of ended answers, which counts those that go on as well.
+        """
+        answer = self.longest_answer
+        if self.finished >= 32:
+            answer = min(answer, self.produced // self.finished)
+        return self.own(self.waiting[-1]) + spare(0) + answer // 2
+
+    def room(self):
+        """How many rows to admit now, 0 for none: whole cohorts, so that few prompts are read at a time seldom."""
+        if not self.waiting:
+            return 0
+        if self.filling:
+            return self.filling.slots - len(self.filling.rows)
+        live, typical = sum(len(cohort.rows) for cohort in self.cohorts), self.typical()
+        # Rows grow: with half as much again for the older ones few are ever sent back to wait.
+        taken = sum(len(cohort.rows) * max(cohort.columns * 3 // 2, typical) for cohort in self.cohorts)
+        room = min(self.slots - live, (self.budget - taken) // typical, len(self.waiting))
+        if not self.cohorts:
+            return max(1, room)
+        return room if room >= min(len(self.waiting), (live + room) // 8 + 1) else 0
+
+    def admit(self, room):
+        """Prefill the next waiting rows into the cohort that is being filled, or a new one of rows of like length."""
+        if not self.filling and len(self.cohorts) >= MOST_COHORTS:
+            self.merge()
+        width = self.own(self.waiting[-1])
+        if not self.filling:
+            alike = sum(self.own(row) >= LIKE * width for row in self.waiting[-room:])
+            self.filling = self.cache.new_cohort(alike, width + spare(width), width)
+            self.cohorts.append(self.filling)
+        cohort, begun = self.filling, len(self.filling.rows)
+        most = min(PREFILL_TOKENS[self.kind] // width, PREFILL_PAIRS // (width * (self.prefix + width)))
+        count = min(cohort.slots - begun, max(1, most))
         new = [self.waiting.pop() for _ in range(count)]
-        if not self.rows:
-            self.first = self.last = width
-        slots = slice(len(self.rows), len(self.rows) + count)
-        for row in new:
-            row.start = self.last - len(row) + self.prefix
-        self.rows += new
-        self.first = min(self.first, self.last - width)
+        cohort.rows += new
+        if len(cohort.rows) == cohort.slots:
+            self.filling = None
         tokens = [[*row.request.prompt_ids[self.prefix :], *row.tokens] for row in new]
-        logits = self.forward(tokens, [row.start for row in new], slots, self.last - width)
-        return self.extend(new, logits)
+        part = Part(cohort, slice(begun, begun + count))
+        self.extend(new, self.forward(tokens, [self.own(row) for row in new], [part]))
 
     def step(self):
         """One more token for every live row."""
-        self.make_room()
-        self.last += 1
-        tokens = [row.tokens[-1:] for row in self.rows]
-        logits = self.forward(tokens, [row.start for row in self.rows], slice(0, len(self.rows)), self.first)
-        return self.extend(self.rows, logits)
+        self.filling = None
+        full = [cohort for cohort in self.cohorts if cohort.width == cohort.columns]
+        if full and sum(len(cohort.rows) for cohort in self.cohorts) <= self.slots // 8:
+            full = []
+            self.repack(self.cohorts)
+        for cohort in full:
+            if cohort in self.cohorts:  # else it had to make room for another
+                self.repack([cohort])
+        rows, parts = [], []
+        for cohort in self.cohorts:
+            cohort.width += 1
+            parts.append(Part(cohort, slice(0, len(cohort.rows)), over_buffer=True))
+            rows += cohort.rows
+        logits = self.forward([row.tokens[-1:] for row in rows], [self.own(row) for row in rows], parts)
+        self.extend(rows, logits)
 
-    def forward(self, tokens, starts, slots, first):
-        """Logits (rows, vocabulary) after each row's `tokens`, which end in the window's last column."""
+    def forward(self, tokens, own, parts):
+        """Logits (rows, vocabulary) after each row's new `tokens`, with which it takes `own` columns."""
         import torch
 
         with torch.inference_mode():
             device, width = self.model.device, max(map(len, tokens))
             ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=device)
-            starts = torch.tensor(starts, device=device)[:, None]
-            columns = torch.arange(first, self.last, device=device)
-            positions = self.prefix + (columns[-width:] - starts).clamp(min=0)
-            visible = (columns >= starts)[:, None]
-            if width > 1:
-                visible = visible & (columns <= columns[-width:, None])
-            # Half of the lowest number: a masked score plus it stays finite, so that a padding
-            # row, which sees nothing, never turns into NaN.
-            low = torch.finfo(self.model.dtype).min / 2
-            mask = torch.zeros_like(visible, dtype=self.model.dtype).masked_fill_(~visible, low)
-            self.cache.aim(slots, first, self.last, positions)
+            ends = self.prefix + torch.tensor(own, device=device)[:, None]
+            positions = ends - torch.arange(width, 0, -1, device=device)
+            self.cache.aim(parts, positions, self.prefix)
             return self.model(
                 input_ids=ids,
-                attention_mask=mask[:, None],
-                position_ids=positions,
+                attention_mask=self.cache.given,
+                position_ids=positions.clamp(min=self.prefix),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
 
     def extend(self, rows, logits):
-        """Append the chosen token to each row; returns the rows that end with it, now removed."""
+        """Append the chosen token to each row; rows that end with it leave."""
         for row, token in zip(rows, choose_tokens(logits, rows, self.decoding), strict=True):
             forced = row.request.budget and row.request.budget.forced(row.tokens)
             row.tokens.append(token if forced is None else forced)
-        ended = [
+        self.ended = [
             row for row in rows
-            if row.tokens[-1] in self.stop_ids or len(row.tokens) == row.request.max_new_tokens
-        ]
-        if ended:
-            self.remove(ended)
-        return ended
+            if row.tokens[-1] in self.stop_ids or len(row.tokens) >= row.request.max_new_tokens
+        ]  # fmt: skip
+        self.produced += len(rows)
+        self.finished += len(self.ended)
+        ended = set(self.ended)
+        for cohort in self.cohorts if ended else ():
+            self.remove(cohort, ended)
+        self.cohorts = [cohort for cohort in self.cohorts if cohort.rows or cohort is self.filling]
 
-    def remove(self, ended):
+    def remove(self, cohort, ended):
         """Free the slots of ended rows: rows from the end move into them."""
-        ended = set(ended)
-        keep = [slot for slot, row in enumerate(self.rows) if row not in ended]
-        holes = [slot for slot, row in enumerate(self.rows[: len(keep)]) if row in ended]
+        keep = [slot for slot, row in enumerate(cohort.rows) if row not in ended]
+        holes = [slot for slot, row in enumerate(cohort.rows[: len(keep)]) if row in ended]
         moved = keep[len(keep) - len(holes) :]
-        self.cache.copy_slots(moved, holes, self.first, self.last)
+        self.cache.copy_slots(cohort, moved, holes)
         for source, hole in zip(moved, holes, strict=True):
-            self.rows[hole] = self.rows[source]
-        del self.rows[len(keep) :]
-        self.first = min((row.start for row in self.rows), default=self.last)
+            cohort.rows[hole] = cohort.rows[source]
+        del cohort.rows[len(keep) :]
 
-    def make_room(self):
-        """At the buffer's last column: move the window back over dead columns, or take more columns.
+    def merge(self):
+        """Of the cohorts that stand side by side by width, the two whose union has the fewest dead columns become one."""
+        self.cohorts.sort(key=lambda cohort: cohort.width)
+        pairs = zip(self.cohorts, self.cohorts[1:], strict=False)
+        self.repack(min(pairs, key=lambda pair: len(pair[0].rows) * (pair[1].width - pair[0].width)))
 
-        Few columns are taken at first, since most answers end long before their limit and memory
-        costs when it is first touched. The longest waiting prompt must still fit in front.
-        """
-        if self.last < self.cache.columns:
-            return
-        longest = len(self.waiting[-1]) - self.prefix if self.waiting else 0
-        distance = min(self.first, self.last - longest)
-        if distance < self.last // 4 and self.cache.columns < self.columns:
-            if not self.waiting:
-                self.slots = len(self.rows)
-            columns = min(self.columns, 2 * self.cache.columns)
-            self.cache.grow(self.slots, columns, len(self.rows), self.first, self.last)
-            return
-        self.cache.move_window(len(self.rows), self.first, self.last, distance)
-        self.first, self.last = self.first - distance, self.last - distance
-        for row in self.rows:
-            row.start -= distance
+    def repack(self, cohorts):
+        """Into one cohort, without dead columns and with some to spare. Rows that memory cannot hold wait again, the youngest first."""
+        lengths = sorted(self.own(row) for cohort in cohorts for row in cohort.rows)
+        width = lengths[-1] - 1  # the newest token is not stored yet
+        columns = width + spare(width)
+        others = sorted((c for c in self.cohorts if c not in cohorts), key=lambda cohort: cohort.width)
+        while others and len(lengths) * columns + sum(c.slots * c.columns for c in others) > self.budget:
+            self.cohorts.remove(others[0])
+            self.wait(others.pop(0).rows)
+        excess = 0 if others else len(lengths) - max(1, self.budget // columns)
+        if excess > 0:
+            young = set(sorted((row for cohort in cohorts for row in cohort.rows), key=self.own)[:excess])
+            for cohort in cohorts:
+                self.remove(cohort, young)
+            self.wait(young)
+        self.cohorts = [*others, self.cache.pack(cohorts, columns, width)]
 
     def restart_with_half(self):
-        """Out of memory: half the slots. Live rows wait again and keep their tokens."""
-        self.waiting += self.rows
-        self.rows, self.cache.buffers = [], {}
-        self.slots //= 2
+        """Out of memory: half the slots. Live rows wait again and keep their tokens; ended ones have ended."""
+        live = {row for cohort in self.cohorts for row in cohort.rows} - set(self.ended)
+        self.cohorts, self.filling = [], None
+        self.wait(live)
+        self.slots = max(1, min(self.slots, len(live) or self.slots) // 2)
         self.note(f"out of memory: going on with batch size {self.slots}, nothing lost")
 
 
-class RollingCache:
-    """Keys and values of all slots in one buffer a layer, and the attention over them.
+@dataclass(frozen=True)
+class Part:
+    """Which slots of a cohort a forward pass is for, and whether what their buffer holds is looked at."""
 
-    Serves as the model's cache and as its attention function. Until `allocate`, what the model
-    writes is the prefix; afterwards it goes into the slots and columns that `aim` names.
+    cohort: Cohort | None
+    slots: slice
+    over_buffer: bool = False
+
+
+class RollingCache:
+    """Keys and values of all cohorts, and the attention over them.
+
+    Serves as the model's cache and as its attention function. Until `end_prefix`, what the model
+    writes is the prefix; afterwards it goes into the cohorts that `aim` names.
     """
 
     is_compileable = False
 
     def __init__(self):
-        self.prefix, self.buffers, self.attended = {}, {}, False
+        self.prefix, self.attended, self.windows = {}, set(), set()
 
-    def aim(self, slots, first, last, positions):
-        """Before a forward pass: its slots, its window, its new tokens' positions (rows, new)."""
-        self.slots, self.first, self.last, self.positions = slots, first, last, positions
+    def aim(self, parts, positions, prefix):
+        """Before a forward pass: its rows, part by part, and the positions (rows, new) of their new tokens."""
+        import torch
+
+        self.parts, self.positions, self.shared, self.masks = parts, positions, prefix, {}
+        # What the model is given in place of a mask, so that it makes none; attend knows better.
+        self.given = torch.zeros((len(positions), 1, positions.shape[1], positions.shape[1]), device=positions.device)
 
     def update(self, keys, values, layer, *args, **kwargs):
-        """Called by each layer: store the new tokens, return the window with them."""
-        if not self.buffers:
+        """Called by each layer: store the new tokens."""
+        self.updated = keys, values
+        if not self.shared and self.parts[0].cohort is None:
             self.prefix[layer] = keys[0], values[0]
             return keys, values
-        window = []
-        for buffer, new in zip(self.buffers[layer], (keys, values), strict=True):
-            buffer[self.slots, :, self.last - new.shape[2] : self.last] = new
-            window.append(buffer[self.slots, :, self.first : self.last])
-        return window
+        begin = 0
+        for part in self.parts:
+            count, cohort = part.slots.stop - part.slots.start, part.cohort
+            for buffer, new in zip(cohort.buffers[layer], (keys, values), strict=True):
+                buffer[part.slots, :, cohort.width - new.shape[2] : cohort.width] = new[begin : begin + count]
+            begin += count
+        return keys, values
 
-    def attend(self, module, query, keys, values, mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
-        """Attention of queries (rows, heads, new, dim) over prefix and window, as (rows, new, heads, dim).
+    def attend(self, module, query, keys, values, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
+        """Attention of queries (rows, heads, new, dim) over prefix and cohorts, as (rows, new, heads, dim).
 
         The heads of a group are folded into the query length, so that keys and values are never
         repeated; over the prefix, all rows are one matrix product.
         """
         import torch
 
-        refused = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
-        if refused:
-            raise UserError(f"{type(module).__name__}: attention with {refused[0]} is not supported")
-        self.attended = True
+        self.refuse_other_attention(module, keys, values, attention_mask, kwargs)
+        self.windows.add(sliding_window)
+        layer, shared = module.layer_idx, self.shared
+        self.attended.add(layer)
         rows, heads, new, dim = query.shape
         groups = keys.shape[1]
         folded = heads // groups * new
         query = (query * (dim**-0.5 if scaling is None else scaling)).reshape(rows, groups, folded, dim)
-        scores = query @ keys.transpose(2, 3)
-        shared = 0
-        if self.buffers:
-            shared_keys, shared_values = self.prefix[module.layer_idx]
-            shared = shared_keys.shape[1]
-            over_prefix = query.transpose(0, 1).reshape(groups, rows * folded, dim) @ shared_keys.transpose(1, 2)
-            over_prefix = over_prefix.view(groups, rows, folded, shared).transpose(0, 1)
-            scores = torch.cat([over_prefix, scores], dim=-1)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        by_token = scores.view(rows, groups, -1, new, scores.shape[-1])
-        by_token[..., shared:] += mask[:, :, None]
-        if sliding_window is not None:
-            by_token.masked_fill_(self.distances(shared) >= sliding_window, torch.finfo(scores.dtype).min / 2)
-        precision = torch.promote_types(scores.dtype, torch.float32)
-        weights = torch.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
-        result = weights[..., shared:] @ values
         if shared:
-            from_prefix = weights[..., :shared].transpose(0, 1).reshape(groups, rows * folded, shared) @ shared_values
+            shared_keys, shared_values = self.prefix[layer]
+            over_prefix = scores_of(query.transpose(0, 1).reshape(1, groups, rows * folded, dim), shared_keys[None])
+            over_prefix = over_prefix.view(groups, rows, folded, shared).transpose(0, 1)
+        results, prefix_weights, begin = [], [], 0
+        for number, part in enumerate(self.parts):
+            own = slice(begin, begin + part.slots.stop - part.slots.start)
+            window = [buffer[part.slots] for buffer in part.cohort.buffers[layer]] if part.over_buffer else (keys, values)
+            scores = scores_of(query[own], window[0])
+            if shared:
+                scores = torch.cat([over_prefix[own], scores], dim=-1)
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            by_token = scores.view(len(scores), groups, -1, new, scores.shape[-1])
+            by_token += self.mask(number, own, sliding_window, scores.dtype)
+            precision = torch.promote_types(scores.dtype, torch.float32)
+            weights = torch.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
+            results.append(weights[..., shared:] @ window[1])
+            prefix_weights.append(weights[..., :shared])
+            begin = own.stop
+        result = results[0] if len(results) == 1 else torch.cat(results)
+        if shared:
+            weights = prefix_weights[0] if len(results) == 1 else torch.cat(prefix_weights)
+            from_prefix = weights.transpose(0, 1).reshape(groups, rows * folded, shared) @ shared_values
             result += from_prefix.view(groups, rows, folded, -1).transpose(0, 1)
-        return result.reshape(rows, heads, new, -1).transpose(1, 2), None
+        return result.reshape(rows, heads, new, -1).transpose(1, 2).contiguous(), None
 
-    def distances(self, shared):
-        """How far each key lies behind each new token, (rows, 1, 1, new, keys)."""
+    def mask(self, number, own, sliding_window, dtype):
+        """0 where a new token sees a key, -inf where not: (rows, 1, 1, new, keys), made once a pass for all layers."""
         import torch
 
-        columns = torch.arange(self.last - self.first - 1, -1, -1, device=self.positions.device)
-        in_window = self.positions[:, -1:] - columns
-        in_prefix = torch.arange(shared, device=columns.device).expand(len(in_window), -1)
-        keys = torch.cat([in_prefix, in_window], dim=1)
-        return (self.positions[:, :, None] - keys[:, None])[:, None, None]
+        key = number, sliding_window, dtype
+        if key not in self.masks:
+            part, new, shared = self.parts[number], self.positions[own], self.shared
+            keys = new
+            if part.over_buffer:  # its newest token stands in column width - 1
+                keys = new[:, -1:] + torch.arange(1 - part.cohort.width, part.cohort.columns - part.cohort.width + 1, device=new.device)
+            visible = keys >= shared
+            keys = torch.cat([torch.arange(shared, device=new.device).expand(len(new), -1), keys], dim=1)
+            visible = torch.cat([torch.ones_like(keys[:, :shared], dtype=torch.bool), visible], dim=1)
+            # A padding token counts as the row's first: it sees something, and so never turns into NaN.
+            distance = new.clamp(min=shared)[:, :, None] - keys[:, None]
+            visible = visible[:, None] & (distance >= 0)
+            if sliding_window is not None:
+                visible &= distance < sliding_window
+            mask = torch.zeros(visible.shape, dtype=dtype, device=new.device).masked_fill_(~visible, -math.inf)
+            self.masks[key] = mask[:, None, None]
+        return self.masks[key]
+
+    def refuse_other_attention(self, module, keys, values, attention_mask, options):
+        """UserError for a layer that does more than attend over what it stored, with the mask it was given."""
+        unknown = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
+        if keys is not self.updated[0] or values is not self.updated[1]:
+            unknown.append("keys and values other than the stored ones")
+        if attention_mask is not self.given:
+            unknown.append("a mask of its own")
+        if not getattr(module, "is_causal", True):
+            unknown.append("a look ahead")
+        if unknown:
+            raise UserError(f"{type(module).__name__}: attention with {unknown[0]} is not supported; pass another model")
 
     def end_prefix(self, length):
         self.prefix = {layer: (k[:, :length], v[:, :length]) for layer, (k, v) in self.prefix.items()}
 
     def bytes_per_token(self):
-        pairs = self.prefix.values()
-        return sum(t.shape[0] * t.shape[2] * t.element_size() for pair in pairs for t in pair)
+        return sum(t.shape[0] * t.shape[2] * t.element_size() for pair in self.prefix.values() for t in pair)
 
-    def allocate(self, slots, columns):
-        self.buffers, self.columns = {}, columns  # the old ones are gone before the new ones come
+    def new_cohort(self, slots, columns, width):
+        # Zeros and not uninitialized memory: a weight of 0 times a stray NaN would be NaN.
+        buffers = {
+            layer: [t.new_zeros(slots, t.shape[0], columns, t.shape[2]) for t in pair] for layer, pair in self.prefix.items()
+        }
+        return Cohort([], slots, columns, width, buffers)
+
+    def pack(self, cohorts, columns, width):
+        """A cohort with the live columns of others, taken over a layer at a time, so that little memory is held twice."""
+        rows = [row for cohort in cohorts for row in cohort.rows]
+        new = Cohort(rows, len(rows), columns, width, {})
         for layer, pair in self.prefix.items():
-            # Zeros and not uninitialized memory: a weight of 0 times a stray NaN would be NaN.
-            self.buffers[layer] = [t.new_zeros(slots, t.shape[0], columns, t.shape[2]) for t in pair]
+            new.buffers[layer] = [t.new_zeros(len(rows), t.shape[0], columns, t.shape[2]) for t in pair]
+            begin = 0
+            for cohort in cohorts:
+                end, live = begin + len(cohort.rows), min(width, cohort.width)
+                for target, source in zip(new.buffers[layer], cohort.buffers.pop(layer), strict=True):
+                    target[begin:end, :, width - live : width] = source[: end - begin, :, cohort.width - live : cohort.width]
+                begin = end
+        return new
 
-    def grow(self, slots, columns, rows, first, last):
-        """Other slots and columns, a layer at a time, so that little memory is held twice."""
-        self.columns = columns
-        for pair in self.buffers.values():
-            for i, old in enumerate(pair):
-                pair[i] = old.new_zeros(slots, old.shape[1], columns, old.shape[3])
-                pair[i][:rows, :, first:last] = old[:rows, :, first:last]
+    def copy_slots(self, cohort, sources, targets):
+        import torch
 
-    def copy_slots(self, sources, targets, first, last):
-        for pair in self.buffers.values() if targets else ():
-            for buffer in pair:
-                buffer[targets, :, first:last] = buffer[sources, :, first:last]
-
-    def move_window(self, rows, first, last, distance):
-        for pair in self.buffers.values():
-            for buffer in pair:
-                buffer[:rows, :, first - distance : last - distance] = buffer[:rows, :, first:last].clone()
+        if targets:
+            device = self.positions.device
+            sources, targets = (torch.tensor(slots, device=device) for slots in (sources, targets))
+            for pair in cohort.buffers.values():
+                for buffer in pair:
+                    buffer[targets, :, : cohort.width] = buffer[sources, :, : cohort.width]
 
     def get_seq_length(self, layer=0):
         return 0  # positions are always given
 
     def clear(self):
-        self.prefix, self.buffers = {}, {}
+        self.prefix, self.parts, self.masks = {}, [], {}
 
 
-def unfit(model):
+def spare(width):
+    """Columns beyond those in use: each costs a little in every step, and when they are used up all rows are copied."""
+    return SPARE_COLUMNS + width // 8
+
+
+def scores_of(query, keys):
+    """query (a, b, m, dim) times keys (a, b, n, dim), as (a, b, m, n); on CUDA always in fp32.
+
+    Rounded to 16 bits before the softmax, scores lose what fused attention keeps.
+    """
+    import torch
+
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda"):
+        return query @ keys.transpose(2, 3)
+    products = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+    return products.unflatten(0, query.shape[:2])
+
+
+def check_fit(model, cache, most_columns):
+    """UserError for a model whose next token depends on more than keys, values and the positions given."""
+    import inspect
+
+    config = model.config.get_text_config()
+    sliding = getattr(config, "sliding_window", None)
+    if (
+        cache.attended != set(range(config.num_hidden_layers))  # other layers carry a state of their own
+        or cache.attended != set(cache.prefix)
+        or "position_ids" not in inspect.signature(type(model).forward).parameters
+        or getattr(config, "attention_chunk_size", None)
+        or (sliding and sliding < most_columns and cache.windows == {None})  # it is in a mask that we do not see
+    ):
+        raise unfit(model)
+
+
+def unfit(model, error=None):
+    reason = f" ({first_line(error)})" if error else ""
     return UserError(
-        f"{type(model).__name__}: cannot be run here: its layers do not attend over keys and values through "
-        "transformers' AttentionInterface; pass a model of another architecture"
+        f"{type(model).__name__}: cannot be run here: its layers do not all attend over keys and values, at the positions "
+        f"given, through transformers' AttentionInterface{reason}; pass a model of another architecture"
     )
 
 
@@ -1103,20 +1236,38 @@ def sample_tokens(logits, counters, decoding):
 
     scores = logits.float() + 0.0  # -0.0 becomes 0.0, so that equal numbers have equal bits
     size = scores.shape[-1]
-    # Floats ordered as integers, the token id below them: top-k then breaks ties by id.
-    bits = scores.view(torch.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
-    ranked = (ordered | torch.arange(size - 1, -1, -1, device=logits.device)).topk(min(decoding.top_k or size, size)).values
-    tokens = size - 1 - (ranked & 0xFFFFFFFF)
+    if decoding.top_k or decoding.top_p < 1:
+        tokens = highest_tokens(scores, min(decoding.top_k or size, size))
+    else:  # all are kept, in whatever order
+        tokens = torch.arange(size, device=logits.device).expand(len(logits), -1)
     scaled = scores.gather(-1, tokens).double() / decoding.temperature
-    probabilities = scaled.softmax(dim=-1)
-    scaled[probabilities.cumsum(dim=-1) - probabilities >= decoding.top_p] = -math.inf
+    if decoding.top_p < 1:
+        probabilities = scaled.softmax(dim=-1)
+        dropped = probabilities.cumsum(dim=-1) - probabilities >= decoding.top_p
+        most = tokens.shape[-1] - int(dropped.sum(dim=-1).min())
+        tokens, scaled = tokens[:, :most], scaled.masked_fill(dropped, -math.inf)[:, :most]
     seed = torch.tensor(decoding.seed, device=logits.device)
     random_bits = counter_hash(seed, *counters[:, :, None].unbind(dim=1), tokens)
     # 52 bits and a half: exact in fp64, never 0 and never 1.
     uniform = (logical_shift(random_bits, 12).double() + 0.5) * 2.0**-52
     best = (scaled - torch.log(-torch.log(uniform))).argmax(dim=-1, keepdim=True)
     return tokens.gather(-1, best)[:, 0]
+
+
+def highest_tokens(scores, count):
+    """The token ids of each row's `count` highest scores, highest first, of equal ones the lower id first."""
+    import torch
+
+    size = scores.shape[-1]
+    if count < size:  # all that could be among them, with every token that equals the last
+        least = scores.topk(count).values[:, -1:]
+        scores, tokens = scores.topk(int((scores >= least).sum(dim=-1).max()))
+    else:
+        tokens = torch.arange(size, device=scores.device)
+    # Floats ordered as integers, the token id below them.
+    bits = scores.view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    return size - 1 - ((ordered | (size - 1 - tokens)).topk(count).values & 0xFFFFFFFF)
 
 
 def counter_hash(*counters):

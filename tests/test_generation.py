@@ -94,6 +94,58 @@ def test_greedy_does_not_depend_on_batch_size_order_or_refill(architecture, chan
     }
 
 
+class Counted(common.RollingBatch):
+    """Counts what happens to cohorts and how many rows are sent back to wait."""
+
+    merged = packed = sent_back = 0
+
+    def merge(self):
+        Counted.merged += 1
+        super().merge()
+
+    def repack(self, cohorts):
+        Counted.packed += 1
+        super().repack(cohorts)
+
+    def wait(self, rows):
+        rows = list(rows)
+        Counted.sent_back += sum(bool(row.tokens) for row in rows)
+        super().wait(rows)
+
+
+def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(tokenizer, monkeypatch):
+    """Little to spare, few cohorts, and memory for a third of the rows: everything that moves keys and values happens."""
+    model = random_model("Mistral", sliding_window=50)
+    requests = [dataclasses.replace(r, max_new_tokens=10 + 19 * r.id % 120) for r in random_requests(40, beginning=9)]
+    alone = one_at_a_time(model, requests)
+    assert min(len(set(tokens)) for tokens in alone.values() if len(tokens) > 40) >= 20
+    for name, value in (("RollingBatch", Counted), ("SPARE_COLUMNS", 3), ("MOST_COHORTS", 3), ("LIKE", 0.9)):
+        monkeypatch.setattr(common, name, value)
+    assert tokens_of(model, tokenizer, requests, batch_size=12) == alone
+    assert Counted.merged > 3 and Counted.packed > 10 and not Counted.sent_back
+    columns = 12 * 100
+    monkeypatch.setattr(common, "free_memory", lambda device: columns * 2 * SHAPE["head_dim"] * 2 * 3 * 8 / 0.5)
+    assert tokens_of(model, tokenizer, requests) == alone
+    assert Counted.sent_back > 3
+    notes = []
+    done = generate(model, tokenizer, requests, batch_size=30, note=notes.append)
+    assert {(c.id, c.sample): c.token_ids for c in done} == alone
+    assert "what fits into memory at first, and up to 30 where" in notes[0]  # a number is an upper bound
+
+
+def test_rows_that_memory_cannot_hold_wait_again_even_within_one_cohort(tokenizer, monkeypatch):
+    model, requests = random_model(), random_requests(8)
+    monkeypatch.setattr(common, "RollingBatch", Counted)
+    monkeypatch.setattr(common, "LIKE", 0)
+    monkeypatch.setattr(Counted, "room", lambda self: len(self.waiting) if not self.cohorts else 0)
+    requests = [dataclasses.replace(r, max_new_tokens=60 + 10 * (r.id % 4)) for r in requests]  # some leave before
+    alone = one_at_a_time(model, requests)
+    monkeypatch.setattr(common, "free_memory", lambda device: 400 * 2 * SHAPE["head_dim"] * 2 * 3 * 8 / 0.5)
+    Counted.sent_back = 0
+    assert tokens_of(model, tokenizer, requests) == alone
+    assert Counted.sent_back
+
+
 def test_prompts_without_a_shared_beginning_are_answered_alike(tokenizer):
     model, requests = random_model(), random_requests(beginning=0)
     assert tokens_of(model, tokenizer, requests, batch_size=6) == one_at_a_time(model, requests)
@@ -231,17 +283,59 @@ def test_out_of_memory_injected_halves_the_batch_and_loses_nothing(tokenizer, mo
 
 def test_a_batch_too_large_for_memory_is_halved_before_it_starts(tokenizer, monkeypatch):
     model, requests, notes = random_model(), random_requests(9), []
-    expected, allocate = tokens_of(model, tokenizer, requests), common.RollingCache.allocate
+    expected, allocate = tokens_of(model, tokenizer, requests), common.RollingCache.new_cohort
 
-    def injected(self, slots, columns):
-        if slots > 2:
+    def injected(self, slots, columns, width):
+        if slots > 1:
             raise RuntimeError("injected by the test: can't allocate memory")
-        allocate(self, slots, columns)
+        return allocate(self, slots, columns, width)
 
-    monkeypatch.setattr(common.RollingCache, "allocate", injected)
+    monkeypatch.setattr(common.RollingCache, "new_cohort", injected)
     done = {(c.id, c.sample): c.token_ids for c in generate(model, tokenizer, requests, batch_size=9, note=notes.append)}
     assert done == expected
-    assert [note for note in notes if "batch size 2" in note]
+    assert [note for note in notes if "out of memory: going on with batch size 2" in note]
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_out_of_memory_injected_while_ended_rows_leave_ends_them_once(at, tokenizer, monkeypatch):
+    model, requests = random_model(), random_requests()
+    expected, copy, calls = tokens_of(model, tokenizer, requests), common.RollingCache.copy_slots, []
+
+    def injected(self, cohort, sources, targets):
+        calls.extend([1] if targets else [])
+        if len(calls) == at and targets:
+            raise torch.OutOfMemoryError("injected by the test")
+        copy(self, cohort, sources, targets)
+
+    monkeypatch.setattr(common.RollingCache, "copy_slots", injected)
+    assert tokens_of(model, tokenizer, requests, batch_size=9) == expected
+    assert len(calls) >= at
+
+
+def test_every_tensor_is_made_on_the_models_device(tokenizer, monkeypatch):
+    """On the meta device, where a tensor of another device is refused: what a GPU would do, without one."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**SHAPE))
+    model.generation_config.eos_token_id = None
+    requests, draw = random_requests(30), random.Random(1)
+
+    def chosen(logits, rows, decoding):
+        assert logits.device.type == "meta"
+        return [draw.randrange(2, 9) for _ in rows]
+
+    monkeypatch.setattr(common, "choose_tokens", chosen)
+    monkeypatch.setattr(common, "free_memory", lambda device: 2**22)
+    assert len(tokens_of(model, tokenizer, requests)) == 30
+    counters = torch.zeros(5, 3, dtype=torch.int64, device="meta")
+    assert sample_tokens(torch.zeros(5, 99, device="meta"), counters, Decoding(True)).device.type == "meta"
+
+
+def test_two_models_can_answer_in_turns(tokenizer):
+    models, requests = (random_model(), random_model("Llama")), random_requests(5)
+    expected = [tokens_of(model, tokenizer, requests) for model in models]
+    both = [generate(model, tokenizer, requests, batch_size=2, note=lambda line: None) for model in models]
+    mixed = list(zip(*both, strict=True))
+    assert [{(c.id, c.sample): c.token_ids for c in done} for done in zip(*mixed, strict=True)] == expected
 
 
 def test_nan_logits_name_the_question(tokenizer):
@@ -251,10 +345,32 @@ def test_nan_logits_name_the_question(tokenizer):
         tokens_of(model, tokenizer, random_requests(), batch_size=1)
 
 
-@pytest.mark.parametrize("architecture", ["Bloom", "Mamba"])
-def test_a_model_that_does_not_attend_over_keys_and_values_is_refused(architecture, tokenizer):
-    config = getattr(transformers, f"{architecture}Config")(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
-    with pytest.raises(UserError, match=f"{architecture}.*cannot be run here"):
+UNFIT = {
+    "Bloom": ({}, "cannot be run here"),  # attention of its own
+    "Mamba": ({}, "cannot be run here"),  # no attention
+    "Bert": ({"num_attention_heads": 4}, "a look ahead"),
+    "Bart": ({"decoder_layers": 2, "encoder_layers": 1, "d_model": 32}, "cannot be run here"),  # counts positions by itself
+    "RecurrentGemma": ({"lru_width": 32, "num_attention_heads": 4, "num_hidden_layers": 3}, "cannot be run here"),
+    "DiffLlama": ({"num_attention_heads": 4, "num_key_value_heads": 2}, "other than the stored ones"),
+    "DeepseekV3": (
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+         "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 2, "intermediate_size": 32},
+        "other than the stored ones",
+    ),
+    "Phimoe": (
+        {"sliding_window": 30, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32, "num_local_experts": 2},
+        "cannot be run here",  # its window is in a mask alone
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", UNFIT)
+def test_a_model_that_would_be_answered_wrongly_is_refused(architecture, tokenizer):
+    """Its next token depends on more than the keys and values stored at the positions given."""
+    changes, told = UNFIT[architecture]
+    changes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0} | changes
+    config = getattr(transformers, f"{architecture}Config")(**changes)
+    with pytest.raises(UserError, match=f"{architecture}.*{told}"):
         tokens_of(transformers.AutoModelForCausalLM.from_config(config), tokenizer, random_requests(2))
 
 
