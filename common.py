@@ -529,8 +529,8 @@ def refuse_too_large(files, element, device):
     free = free_memory(device)
     if weights * element > free:
         raise UserError(
-            f"--model-id {files.name}: its {weights / 1e9:.2f} billion weights take {weights * element / 2**30:.1f} GiB, "
-            f"and {free / 2**30:.1f} are free on {device}; a 16-bit --dtype or a smaller model need less"
+            f"--model-id {files.name}: its {weights:,} weights take {weights * element / 2**30:.3g} GiB, "
+            f"and {free / 2**30:.3g} are free on {device}; a 16-bit --dtype or a smaller model need less"
         )
 
 
@@ -600,6 +600,7 @@ PREFILL_PAIRS = 2**22  # of one pass, of a token that attends and one that is at
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
 SPARE_COLUMNS = 24  # beyond those in use, and an eighth of these
 MOST_COHORTS = 4  # each costs calls in every step
+FEW_ROWS = 32  # of which one cohort is made whatever their lengths: further ones would cost more than they save
 LIKE = 0.75  # of the length of a cohort's longest row its others have at least so much, as it begins
 
 
@@ -868,7 +869,7 @@ class RollingBatch:
         width = self.own(self.waiting[-1])
         if not self.filling:
             alike = sum(self.own(row) >= LIKE * width for row in self.waiting[-room:])
-            self.filling = self.cache.new_cohort(alike, width + spare(width), width)
+            self.filling = self.cache.new_cohort(max(alike, min(room, FEW_ROWS)), width + spare(width), width)
             self.cohorts.append(self.filling)
         cohort, begun = self.filling, len(self.filling.rows)
         most = min(PREFILL_TOKENS[self.kind] // width, PREFILL_PAIRS // (width * (self.prefix + width)))
@@ -885,7 +886,7 @@ class RollingBatch:
         """One more token for every live row."""
         self.filling = None
         full = [cohort for cohort in self.cohorts if cohort.width == cohort.columns]
-        if full and sum(len(cohort.rows) for cohort in self.cohorts) <= self.slots // 8:
+        if full and sum(len(cohort.rows) for cohort in self.cohorts) <= FEW_ROWS:
             full = []
             self.repack(self.cohorts)
         for cohort in full:
@@ -932,7 +933,7 @@ class RollingBatch:
         ended = set(self.ended)
         for cohort in self.cohorts if ended else ():
             self.remove(cohort, ended)
-        self.cohorts = [cohort for cohort in self.cohorts if cohort.rows or cohort is self.filling]
+        self.cohorts = [cohort for cohort in self.cohorts if cohort.rows or (cohort is self.filling and self.waiting)]
 
     def remove(self, cohort, ended):
         """Free the slots of ended rows: rows from the end move into them."""
@@ -1008,7 +1009,7 @@ class RollingCache:
     def update(self, keys, values, layer, *args, **kwargs):
         """Called by each layer: store the new tokens."""
         self.updated = keys, values
-        if not self.shared and self.parts[0].cohort is None:
+        if self.parts[0].cohort is None:
             self.prefix[layer] = keys[0], values[0]
             return keys, values
         begin = 0

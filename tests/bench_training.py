@@ -49,9 +49,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append", help="run this one alone (repeatable)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "results/training.md")
+    on_gpu = torch.cuda.is_available()
+    page = ROOT / "results" / ("training-gpu.md" if on_gpu else "training.md")
+    parser.add_argument("--output", type=Path, default=page, help="the page to write (default %(default)s)")
     args = parser.parse_args()
-    cases = args.case or (["gpu"] if torch.cuda.is_available() else ["demo", "small"])
+    cases = args.case or (["gpu"] if on_gpu else ["demo", "small"])
     measured = [measure(name, seed, way) for name in cases for seed in range(args.seeds) for way in ways(name, seed)]
     text = report(measured)
     print(text)

@@ -119,7 +119,7 @@ def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(tokenizer
     requests = [dataclasses.replace(r, max_new_tokens=10 + 19 * r.id % 120) for r in random_requests(40, beginning=9)]
     alone = one_at_a_time(model, requests)
     assert min(len(set(tokens)) for tokens in alone.values() if len(tokens) > 40) >= 20
-    for name, value in (("RollingBatch", Counted), ("SPARE_COLUMNS", 3), ("MOST_COHORTS", 3), ("LIKE", 0.9)):
+    for name, value in (("RollingBatch", Counted), ("SPARE_COLUMNS", 3), ("MOST_COHORTS", 3), ("FEW_ROWS", 1), ("LIKE", 0.9)):
         monkeypatch.setattr(common, name, value)
     assert tokens_of(model, tokenizer, requests, batch_size=12) == alone
     assert Counted.merged > 3 and Counted.packed > 10 and not Counted.sent_back
@@ -136,7 +136,7 @@ def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(tokenizer
 def test_rows_that_memory_cannot_hold_wait_again_even_within_one_cohort(tokenizer, monkeypatch):
     model, requests = random_model(), random_requests(8)
     monkeypatch.setattr(common, "RollingBatch", Counted)
-    monkeypatch.setattr(common, "LIKE", 0)
+    monkeypatch.setattr(common, "LIKE", 0)  # one cohort of all
     monkeypatch.setattr(Counted, "room", lambda self: len(self.waiting) if not self.cohorts else 0)
     requests = [dataclasses.replace(r, max_new_tokens=60 + 10 * (r.id % 4)) for r in requests]  # some leave before
     alone = one_at_a_time(model, requests)
@@ -149,6 +149,12 @@ def test_rows_that_memory_cannot_hold_wait_again_even_within_one_cohort(tokenize
 def test_prompts_without_a_shared_beginning_are_answered_alike(tokenizer):
     model, requests = random_model(), random_requests(beginning=0)
     assert tokens_of(model, tokenizer, requests, batch_size=6) == one_at_a_time(model, requests)
+
+
+def test_answers_of_one_token_end_as_they_are_read(tokenizer):
+    model = random_model()
+    requests = [dataclasses.replace(r, max_new_tokens=1 + (r.id % 9 == 5)) for r in random_requests(60)]
+    assert tokens_of(model, tokenizer, requests) == one_at_a_time(model, requests)
 
 
 def test_a_wrong_position_id_is_noticed(tokenizer, monkeypatch):
@@ -286,7 +292,7 @@ def test_a_batch_too_large_for_memory_is_halved_before_it_starts(tokenizer, monk
     expected, allocate = tokens_of(model, tokenizer, requests), common.RollingCache.new_cohort
 
     def injected(self, slots, columns, width):
-        if slots > 1:
+        if slots > 2:
             raise RuntimeError("injected by the test: can't allocate memory")
         return allocate(self, slots, columns, width)
 

@@ -143,6 +143,13 @@ def test_a_question_of_the_train_split_is_never_its_own_example(tmp_path, capsys
     assert [[text.count(question) for question in questions] for text in prompts] == [[1, 1, 1]] * 3
 
 
+def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "free_memory", lambda device: 2**21)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", "--limit", 1)
+    assert "its 670,080 weights take 0.0025 GiB, and 0.00195 are free" in capsys.readouterr().err
+
+
 def test_a_limit_is_cut_to_what_the_positions_leave(tmp_path, capsys):
     run(tmp_path / "a.jsonl", "--mode", "chatml_think_prefill", "--limit", 2)
     assert "max_new_tokens cut for 2 of 2 answers: the model has 2048 positions" in capsys.readouterr().out
