@@ -522,9 +522,11 @@ def refuse_too_large(files, element, device):
     """Before weights are loaded: a process that outgrows a machine's memory is killed without a word."""
     from safetensors import safe_open
 
-    weights = 0
-    for path in files.folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
+    weights, folder = 0, files.folder
+    index = next(folder.glob("*.safetensors.index.json"), None)
+    names = set(read_json(index)["weight_map"].values()) if index else {path.name for path in folder.glob("*.safetensors")}
+    for name in names:
+        with safe_open(folder / name, "pt") as file:
             weights += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     free = free_memory(device)
     if weights * element > free:
@@ -582,26 +584,10 @@ def choose_dtype(dtype, device, note=log):
 
 
 # ------------------------------------------------------------------------------------------
-# Generation: a rolling, left-padded batch
-#
-# Rows of like length come in together, as a cohort: they share one buffer of key/value columns a
-# layer, and the newest token of every row stands in the same column, so that one slice assignment
-# writes a step in place. A row that ends leaves at once: the cohort's last row moves into its slot.
-# When enough slots or memory are free, waiting prompts are prefilled as the next cohort; old
-# cohorts, which have few rows left, merge. A cohort whose columns are used up is copied into new
-# ones, without the columns in which no row stands. All cohorts take a step in one forward pass,
-# and attend one after the other. The beginning that all prompts share is computed once and kept
-# apart: every row attends to it, none holds a copy.
+# Choosing tokens
 # ------------------------------------------------------------------------------------------
 
-MOST_SLOTS = {"cpu": 1024, "cuda": 1024}  # what --batch-size auto takes where memory allows more
-PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one pass; on a CPU the activations stay in its caches
-PREFILL_PAIRS = 2**22  # of one pass, of a token that attends and one that is attended to: their scores take memory
-MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
-SPARE_COLUMNS = 24  # beyond those in use, and an eighth of these
-MOST_COHORTS = 4  # each costs calls in every step
-FEW_ROWS = 32  # of which one cohort is made whatever their lengths: further ones would cost more than they save
-LIKE = 0.75  # of the length of a cohort's longest row its others have at least so much, as it begins
+SAMPLED_LOGITS = 2**26  # at once, for ranking and noise take some 50 bytes for each
 
 
 @dataclass(frozen=True)
@@ -621,6 +607,116 @@ class Decoding:
             raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1 (1 filters nothing)")
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k}: must be 0 (filters nothing) or more")
+
+
+def choose_tokens(logits, rows, decoding):
+    """The next token of each row, as a list; the lowest id among equals."""
+    import torch
+
+    with torch.inference_mode():
+        highest = logits.max(dim=-1)  # NaN where a row holds one
+        if highest.values.isnan().any():
+            row = rows[highest.values.isnan().int().argmax()]
+            raise UserError(
+                f"question {row.request.id}: the model's logits are not numbers (NaN) after {len(row.tokens)} tokens; "
+                "its weights are damaged or overflow: try --dtype fp32"
+            )
+        if not decoding.do_sample:
+            return highest.indices.tolist()
+        counters = [(row.request.id, row.request.sample, len(row.tokens)) for row in rows]
+        counters = torch.tensor(counters, device=logits.device)
+        some = max(1, SAMPLED_LOGITS // logits.shape[1])
+        parts = zip(logits.split(some), counters.split(some), strict=True)
+        return torch.cat([sample_tokens(*part, decoding) for part in parts]).tolist()
+
+
+def sample_tokens(logits, counters, decoding):
+    """Draw one token a row, (rows,), from logits (rows, vocabulary) and counters (rows, 3).
+
+    Temperature, top-k and top-p as transformers applies them, in this order; of equal logits the
+    lower token id ranks first (bf16 logits tie often). Among the kept tokens the largest of
+    log-probability plus Gumbel noise wins, which draws from their softmax (Gumbel-max). The noise
+    is a hash of (seed, question id, sample, step, token id), so that a draw depends on nothing else.
+    """
+    import torch
+
+    scores = logits.float() + 0.0  # -0.0 becomes 0.0, so that equal numbers have equal bits
+    size = scores.shape[-1]
+    if decoding.top_k or decoding.top_p < 1:
+        tokens = highest_tokens(scores, min(decoding.top_k or size, size))
+    else:  # all are kept, in whatever order
+        tokens = torch.arange(size, device=logits.device).expand(len(logits), -1)
+    scaled = scores.gather(-1, tokens).double() / decoding.temperature
+    if decoding.top_p < 1:
+        probabilities = scaled.softmax(dim=-1)
+        dropped = probabilities.cumsum(dim=-1) - probabilities >= decoding.top_p
+        most = tokens.shape[-1] - int(dropped.sum(dim=-1).min())
+        tokens, scaled = tokens[:, :most], scaled.masked_fill(dropped, -math.inf)[:, :most]
+    seed = torch.tensor(decoding.seed, device=logits.device)
+    random_bits = counter_hash(seed, *counters[:, :, None].unbind(dim=1), tokens)
+    # 52 bits and a half: exact in fp64, never 0 and never 1.
+    uniform = (logical_shift(random_bits, 12).double() + 0.5) * 2.0**-52
+    best = (scaled - torch.log(-torch.log(uniform))).argmax(dim=-1, keepdim=True)
+    return tokens.gather(-1, best)[:, 0]
+
+
+def highest_tokens(scores, count):
+    """The token ids of each row's `count` highest scores, highest first, of equal ones the lower id first."""
+    import torch
+
+    size = scores.shape[-1]
+    if count < size:  # all that could be among them, with every token that equals the last
+        least = scores.topk(count).values[:, -1:]
+        scores, tokens = scores.topk(int((scores >= least).sum(dim=-1).max()))
+    else:
+        tokens = torch.arange(size, device=scores.device)
+    # Floats ordered as integers, the token id below them.
+    bits = scores.view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    return size - 1 - ((ordered | (size - 1 - tokens)).topk(count).values & 0xFFFFFFFF)
+
+
+def counter_hash(*counters):
+    """A 64-bit hash of integer tensors that broadcast: SplitMix64's finalizer, chained.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014. int64
+    wraps around, so that it serves as uint64.
+    """
+    state = 0
+    for counter in counters:
+        state = (counter ^ state) - 0x61C8864680B583EB  # the golden ratio's odd fraction, as int64
+        state = (state ^ logical_shift(state, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+        state = (state ^ logical_shift(state, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+        state = state ^ logical_shift(state, 31)
+    return state
+
+
+def logical_shift(number, bits):
+    """Shift right and fill with zeros, which int64's own shift does not."""
+    return (number >> bits) & ((1 << (64 - bits)) - 1)
+
+
+# ------------------------------------------------------------------------------------------
+# Generation: a rolling, left-padded batch
+#
+# Rows of like length come in together, as a cohort: they share one buffer of key/value columns a
+# layer, and the newest token of every row stands in the same column, so that one slice assignment
+# writes a step in place. A row that ends leaves at once: the cohort's last row moves into its slot.
+# When enough slots and memory are free, waiting prompts are prefilled as the next cohort; where
+# there are too many, two that waste the least merge. A cohort whose columns are used up is copied into new
+# ones, without the columns in which no row stands. All cohorts take a step in one forward pass,
+# and attend one after the other. The beginning that all prompts share is computed once and kept
+# apart: every row attends to it, none holds a copy.
+# ------------------------------------------------------------------------------------------
+
+MOST_SLOTS = 1024  # what --batch-size auto takes where memory allows more
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one pass; on a CPU the activations stay in its caches
+PREFILL_PAIRS = 2**22  # of one pass, of a token that attends and one that is attended to: their scores take memory
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
+SPARE_COLUMNS = 24  # beyond those in use, and an eighth of these
+MOST_COHORTS = 4  # each costs calls in every step
+FEW_ROWS = 32  # of which one cohort is made whatever their lengths: further ones would cost more than they save
+LIKE = 0.75  # of the length of a cohort's longest row its others have at least so much, as it begins
 
 
 @dataclass(frozen=True)
@@ -735,8 +831,7 @@ def named_out_of_memory():
         if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory, and one row at a time is the least: {first_line(error)}; free some, or pass a smaller "
-            "--max-new-tokens"
+            f"out of memory, and one row at a time is the least: {first_line(error)}; free some, or ask for fewer new tokens"
         ) from error
 
 
@@ -761,7 +856,7 @@ def borrowed(model, cache):
 
 @dataclass(eq=False)
 class Cohort:
-    """Rows that came in together, in slots 0, 1, … of one buffer a layer, newest token in column `width - 1`."""
+    """Rows in slots 0, 1, … of one buffer a layer, the newest token of each in column `width - 1`."""
 
     rows: list
     slots: int
@@ -777,17 +872,18 @@ class RollingBatch:
         self.model, self.cache, self.decoding = model, cache, decoding
         self.stop_ids, self.note = stop_ids, note
         self.kind = "cuda" if model.device.type == "cuda" else "cpu"
-        self.cohorts, self.filling, self.ended = [], None, []
+        self.cohorts, self.ended = [], []
         self.finished = self.produced = 0
         self.longest_answer = max(request.max_new_tokens for request in requests)
         self.most_columns = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         self.read_prefix(shared_beginning([request.prompt_ids for request in requests]))
-        self.wait(Row(request, [*request.begun]) for request in requests)
+        self.open = {Row(request, [*request.begun]) for request in requests}  # live or waiting
+        self.wait(self.open)
         self.choose_slots(batch_size)
 
     def run(self):
         """Yield the rows that end, until none is left."""
-        while self.cohorts or self.waiting:
+        while self.open:
             try:
                 room = self.room()
                 if room:
@@ -798,6 +894,7 @@ class RollingBatch:
                 if self.slots == 1 or not is_out_of_memory(error):
                     raise
                 self.restart_with_half()
+            self.cohorts = [cohort for cohort in self.cohorts if cohort.rows]
             ended, self.ended = self.ended, []
             yield from ended
 
@@ -805,7 +902,7 @@ class RollingBatch:
         """Compute the tokens that all prompts share, once. Without any, one is read all the same: it shows the cache's sizes."""
         self.prefix, self.waiting = 0, []
         try:
-            self.forward([[*ids] or [0]], [max(1, len(ids))], [Part(None, slice(0, 1))])
+            self.forward([[*ids] or [0]], [max(1, len(ids))], [(None, 0, 1)], over_buffers=False)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -821,10 +918,10 @@ class RollingBatch:
     def choose_slots(self, batch_size):
         free = free_memory(self.model.device)
         self.budget = int(free * MEMORY_SHARE[self.kind] / self.token_bytes)  # in columns of one row
-        most = MOST_SLOTS[self.kind] if batch_size == "auto" else batch_size
-        self.slots = max(1, min(most, len(self.waiting)))
+        most = MOST_SLOTS if batch_size == "auto" else batch_size
+        self.slots = min(most, len(self.waiting))
         fits = max(1, self.budget // self.typical())
-        reason = "one for each request" if self.slots == len(self.waiting) else f"the most that pays on {self.kind}"
+        reason = "one for each request" if self.slots == len(self.waiting) else "the most that pays"
         if fits < self.slots:
             reason = f"what fits into memory at first, and up to {self.slots} where answers turn out short"
         if batch_size == "auto" or fits < self.slots:
@@ -846,94 +943,101 @@ class RollingBatch:
         answer = self.longest_answer
         if self.finished >= 32:
             answer = min(answer, self.produced // self.finished)
-        return self.own(self.waiting[-1]) + spare(0) + answer // 2
+        own = self.own(self.waiting[-1])
+        return own + spare(own) + answer // 2
 
     def room(self):
-        """How many rows to admit now, 0 for none: whole cohorts, so that few prompts are read at a time seldom."""
+        """How many rows to admit now: none, unless they are an eighth of the batch, for few prompts read at a time cost more."""
+        live = sum(len(cohort.rows) for cohort in self.cohorts)
+        self.tried = live
         if not self.waiting:
             return 0
-        if self.filling:
-            return self.filling.slots - len(self.filling.rows)
-        live, typical = sum(len(cohort.rows) for cohort in self.cohorts), self.typical()
         # Rows grow: with half as much again for the older ones few are ever sent back to wait.
-        taken = sum(len(cohort.rows) * max(cohort.columns * 3 // 2, typical) for cohort in self.cohorts)
+        typical = self.typical()
+        taken = sum(
+            max(cohort.slots * cohort.columns, len(cohort.rows) * max(cohort.columns * 3 // 2, typical))
+            for cohort in self.cohorts
+        )
         room = min(self.slots - live, (self.budget - taken) // typical, len(self.waiting))
-        if not self.cohorts:
-            return max(1, room)
-        return room if room >= min(len(self.waiting), (live + room) // 8 + 1) else 0
+        if room < min(len(self.waiting), (live + room) // 8 + 1):
+            room = 0 if live else 1
+        self.tried = live + room
+        return room
 
     def admit(self, room):
-        """Prefill the next waiting rows into the cohort that is being filled, or a new one of rows of like length."""
-        if not self.filling and len(self.cohorts) >= MOST_COHORTS:
+        """Prefill the longest waiting rows of about one length as a new cohort, some at a time."""
+        if len(self.cohorts) >= MOST_COHORTS:
             self.merge()
+            room = min(room, self.room())
+            if not room:
+                return
         width = self.own(self.waiting[-1])
-        if not self.filling:
-            alike = sum(self.own(row) >= LIKE * width for row in self.waiting[-room:])
-            self.filling = self.cache.new_cohort(max(alike, min(room, FEW_ROWS)), width + spare(width), width)
-            self.cohorts.append(self.filling)
-        cohort, begun = self.filling, len(self.filling.rows)
-        most = min(PREFILL_TOKENS[self.kind] // width, PREFILL_PAIRS // (width * (self.prefix + width)))
-        count = min(cohort.slots - begun, max(1, most))
-        new = [self.waiting.pop() for _ in range(count)]
-        cohort.rows += new
-        if len(cohort.rows) == cohort.slots:
-            self.filling = None
-        tokens = [[*row.request.prompt_ids[self.prefix :], *row.tokens] for row in new]
-        part = Part(cohort, slice(begun, begun + count))
-        self.extend(new, self.forward(tokens, [self.own(row) for row in new], [part]))
+        alike = sum(self.own(row) >= LIKE * width for row in self.waiting[-room:])
+        left = max(alike, min(room, FEW_ROWS))
+        cohort = self.cache.pack([], left, spare(width) + width, width)
+        self.cohorts.append(cohort)
+        while left:
+            width = self.own(self.waiting[-1])
+            most = min(PREFILL_TOKENS[self.kind] // width, PREFILL_PAIRS // (width * (self.prefix + width)))
+            new = [self.waiting.pop() for _ in range(min(left, max(1, most)))]
+            left -= len(new)
+            begin = len(cohort.rows)
+            cohort.rows += new
+            tokens = [[*row.request.prompt_ids[self.prefix :], *row.tokens] for row in new]
+            logits = self.forward(tokens, [self.own(row) for row in new], [(cohort, begin, len(new))], over_buffers=False)
+            self.extend(new, logits)
 
     def step(self):
         """One more token for every live row."""
-        self.filling = None
         full = [cohort for cohort in self.cohorts if cohort.width == cohort.columns]
-        if full and sum(len(cohort.rows) for cohort in self.cohorts) <= FEW_ROWS:
-            full = []
+        if full and self.tried <= FEW_ROWS:
             self.repack(self.cohorts)
+            full = []
         for cohort in full:
-            if cohort in self.cohorts:  # else it had to make room for another
-                self.repack([cohort])
-        rows, parts = [], []
+            self.repack([cohort])
+        rows, parts = [row for cohort in self.cohorts for row in cohort.rows], []
         for cohort in self.cohorts:
             cohort.width += 1
-            parts.append(Part(cohort, slice(0, len(cohort.rows)), over_buffer=True))
-            rows += cohort.rows
-        logits = self.forward([row.tokens[-1:] for row in rows], [self.own(row) for row in rows], parts)
+            parts.append((cohort, 0, len(cohort.rows)))
+        logits = self.forward([row.tokens[-1:] for row in rows], [self.own(row) for row in rows], parts, over_buffers=True)
         self.extend(rows, logits)
 
-    def forward(self, tokens, own, parts):
-        """Logits (rows, vocabulary) after each row's new `tokens`, with which it takes `own` columns."""
+    def forward(self, tokens, own, parts, over_buffers):
+        """Logits (rows, vocabulary) after each row's new `tokens`, with which it takes `own` columns; see RollingCache.aim."""
         import torch
 
-        with torch.inference_mode():
-            device, width = self.model.device, max(map(len, tokens))
-            ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=device)
-            ends = self.prefix + torch.tensor(own, device=device)[:, None]
-            positions = ends - torch.arange(width, 0, -1, device=device)
-            self.cache.aim(parts, positions, self.prefix)
-            return self.model(
-                input_ids=ids,
-                attention_mask=self.cache.given,
-                position_ids=positions.clamp(min=self.prefix),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+        try:
+            with torch.inference_mode():
+                device, width = self.model.device, max(map(len, tokens))
+                ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=device)
+                ends = self.prefix + torch.tensor(own, device=device)[:, None]
+                positions = ends - torch.arange(width, 0, -1, device=device)
+                return self.model(
+                    input_ids=ids,
+                    attention_mask=self.cache.aim(parts, positions, self.prefix, over_buffers),
+                    position_ids=positions.clamp(min=self.prefix),
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+        finally:
+            self.cache.forget_aim()
 
     def extend(self, rows, logits):
         """Append the chosen token to each row; rows that end with it leave."""
         for row, token in zip(rows, choose_tokens(logits, rows, self.decoding), strict=True):
             forced = row.request.budget and row.request.budget.forced(row.tokens)
             row.tokens.append(token if forced is None else forced)
-        self.ended = [
+        ended = {
             row for row in rows
             if row.tokens[-1] in self.stop_ids or len(row.tokens) >= row.request.max_new_tokens
-        ]  # fmt: skip
+        }  # fmt: skip
+        self.ended += [row for row in rows if row in ended]
+        self.open -= ended
         self.produced += len(rows)
-        self.finished += len(self.ended)
-        ended = set(self.ended)
+        self.finished += len(ended)
         for cohort in self.cohorts if ended else ():
             self.remove(cohort, ended)
-        self.cohorts = [cohort for cohort in self.cohorts if cohort.rows or (cohort is self.filling and self.waiting)]
 
     def remove(self, cohort, ended):
         """Free the slots of ended rows: rows from the end move into them."""
@@ -952,38 +1056,22 @@ class RollingBatch:
         self.repack(min(pairs, key=lambda pair: len(pair[0].rows) * (pair[1].width - pair[0].width)))
 
     def repack(self, cohorts):
-        """Into one cohort, without dead columns and with some to spare. Rows that memory cannot hold wait again, the youngest first."""
-        lengths = sorted(self.own(row) for cohort in cohorts for row in cohort.rows)
-        width = lengths[-1] - 1  # the newest token is not stored yet
+        """Into one cohort, without dead columns and with some to spare. Rows that memory cannot hold wait again, the shortest first."""
+        rows = sorted((row for cohort in cohorts for row in cohort.rows), key=self.own)
+        width = self.own(rows[-1]) - 1  # the newest token is not stored yet
         columns = width + spare(width)
-        others = sorted((c for c in self.cohorts if c not in cohorts), key=lambda cohort: cohort.width)
-        while others and len(lengths) * columns + sum(c.slots * c.columns for c in others) > self.budget:
-            self.cohorts.remove(others[0])
-            self.wait(others.pop(0).rows)
-        excess = 0 if others else len(lengths) - max(1, self.budget // columns)
-        if excess > 0:
-            young = set(sorted((row for cohort in cohorts for row in cohort.rows), key=self.own)[:excess])
-            for cohort in cohorts:
-                self.remove(cohort, young)
-            self.wait(young)
-        self.cohorts = [*others, self.cache.pack(cohorts, columns, width)]
+        others = [cohort for cohort in self.cohorts if cohort not in cohorts]
+        fitting = (self.budget - sum(cohort.slots * cohort.columns for cohort in others)) // columns
+        short = rows[: max(0, len(rows) - max(1, fitting))]
+        self.cohorts = [*others, self.cache.pack(cohorts, len(rows) - len(short), columns, width, without=set(short))]
+        self.wait(short)
 
     def restart_with_half(self):
-        """Out of memory: half the slots. Live rows wait again and keep their tokens; ended ones have ended."""
-        live = {row for cohort in self.cohorts for row in cohort.rows} - set(self.ended)
-        self.cohorts, self.filling = [], None
-        self.wait(live)
-        self.slots = max(1, min(self.slots, len(live) or self.slots) // 2)
+        """Out of memory: half the rows that were tried. All that are not done wait again and keep their tokens."""
+        self.cohorts, self.waiting = [], []
+        self.wait(self.open)
+        self.slots = max(1, min(self.slots, self.tried) // 2)
         self.note(f"out of memory: going on with batch size {self.slots}, nothing lost")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which slots of a cohort a forward pass is for, and whether what their buffer holds is looked at."""
-
-    cohort: Cohort | None
-    slots: slice
-    over_buffer: bool = False
 
 
 class RollingCache:
@@ -993,30 +1081,35 @@ class RollingCache:
     writes is the prefix; afterwards it goes into the cohorts that `aim` names.
     """
 
-    is_compileable = False
-
     def __init__(self):
         self.prefix, self.attended, self.windows = {}, set(), set()
 
-    def aim(self, parts, positions, prefix):
-        """Before a forward pass: its rows, part by part, and the positions (rows, new) of their new tokens."""
+    def aim(self, parts, positions, prefix, over_buffers):
+        """Before a forward pass of rows that stand in `parts`: (cohort, first slot, rows) each.
+
+        positions: of their new tokens, (rows, new). over_buffers: whether these attend to what the
+        cohorts hold, or to one another alone. Returns what to give the model as its mask.
+        """
         import torch
 
-        self.parts, self.positions, self.shared, self.masks = parts, positions, prefix, {}
-        # What the model is given in place of a mask, so that it makes none; attend knows better.
-        self.given = torch.zeros((len(positions), 1, positions.shape[1], positions.shape[1]), device=positions.device)
+        self.parts, self.positions, self.shared, self.over_buffers, self.masks = parts, positions, prefix, over_buffers, {}
+        rows, new = positions.shape
+        self.given = torch.zeros((rows, 1, new, new), device=positions.device)  # so that it makes none; attend has its own
+        return self.given
+
+    def forget_aim(self):
+        """Let go of what the pass held, so that dropped cohorts leave memory."""
+        self.parts, self.masks, self.updated = [], {}, ()
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Called by each layer: store the new tokens."""
-        self.updated = keys, values
-        if self.parts[0].cohort is None:
-            self.prefix[layer] = keys[0], values[0]
-            return keys, values
-        begin = 0
-        for part in self.parts:
-            count, cohort = part.slots.stop - part.slots.start, part.cohort
+        self.updated, begin = (keys, values), 0
+        for cohort, slot, count in self.parts:
+            if cohort is None:
+                self.prefix[layer] = keys[0], values[0]
+                continue
             for buffer, new in zip(cohort.buffers[layer], (keys, values), strict=True):
-                buffer[part.slots, :, cohort.width - new.shape[2] : cohort.width] = new[begin : begin + count]
+                buffer[slot : slot + count, :, cohort.width - new.shape[2] : cohort.width] = new[begin : begin + count]
             begin += count
         return keys, values
 
@@ -1041,9 +1134,9 @@ class RollingCache:
             over_prefix = scores_of(query.transpose(0, 1).reshape(1, groups, rows * folded, dim), shared_keys[None])
             over_prefix = over_prefix.view(groups, rows, folded, shared).transpose(0, 1)
         results, prefix_weights, begin = [], [], 0
-        for number, part in enumerate(self.parts):
-            own = slice(begin, begin + part.slots.stop - part.slots.start)
-            window = [buffer[part.slots] for buffer in part.cohort.buffers[layer]] if part.over_buffer else (keys, values)
+        for number, (cohort, slot, count) in enumerate(self.parts):
+            own = slice(begin, begin + count)
+            window = [buffer[slot : slot + count] for buffer in cohort.buffers[layer]] if self.over_buffers else (keys, values)
             scores = scores_of(query[own], window[0])
             if shared:
                 scores = torch.cat([over_prefix[own], scores], dim=-1)
@@ -1069,16 +1162,16 @@ class RollingCache:
 
         key = number, sliding_window, dtype
         if key not in self.masks:
-            part, new, shared = self.parts[number], self.positions[own], self.shared
+            (cohort, *_), new, shared = self.parts[number], self.positions[own], self.shared
             keys = new
-            if part.over_buffer:  # its newest token stands in column width - 1
-                keys = new[:, -1:] + torch.arange(1 - part.cohort.width, part.cohort.columns - part.cohort.width + 1, device=new.device)
-            visible = keys >= shared
+            if self.over_buffers:  # the newest token stands in column width - 1
+                columns = torch.arange(cohort.columns, device=new.device)
+                keys = new[:, -1:] + columns - (cohort.width - 1)
+            keys = keys.masked_fill(keys < shared, 2**40)  # padding, further on than any token looks
             keys = torch.cat([torch.arange(shared, device=new.device).expand(len(new), -1), keys], dim=1)
-            visible = torch.cat([torch.ones_like(keys[:, :shared], dtype=torch.bool), visible], dim=1)
             # A padding token counts as the row's first: it sees something, and so never turns into NaN.
             distance = new.clamp(min=shared)[:, :, None] - keys[:, None]
-            visible = visible[:, None] & (distance >= 0)
+            visible = distance >= 0
             if sliding_window is not None:
                 visible &= distance < sliding_window
             mask = torch.zeros(visible.shape, dtype=dtype, device=new.device).masked_fill_(~visible, -math.inf)
@@ -1103,25 +1196,21 @@ class RollingCache:
     def bytes_per_token(self):
         return sum(t.shape[0] * t.shape[2] * t.element_size() for pair in self.prefix.values() for t in pair)
 
-    def new_cohort(self, slots, columns, width):
-        # Zeros and not uninitialized memory: a weight of 0 times a stray NaN would be NaN.
-        buffers = {
-            layer: [t.new_zeros(slots, t.shape[0], columns, t.shape[2]) for t in pair] for layer, pair in self.prefix.items()
-        }
-        return Cohort([], slots, columns, width, buffers)
-
-    def pack(self, cohorts, columns, width):
+    def pack(self, cohorts, slots, columns, width, without=frozenset()):
         """A cohort with the live columns of others, taken over a layer at a time, so that little memory is held twice."""
-        rows = [row for cohort in cohorts for row in cohort.rows]
-        new = Cohort(rows, len(rows), columns, width, {})
+        keep = [[slot for slot, row in enumerate(cohort.rows) if row not in without] for cohort in cohorts]
+        rows = [cohort.rows[slot] for cohort, kept in zip(cohorts, keep, strict=True) for slot in kept]
+        new = Cohort(rows, slots, columns, width, {})
         for layer, pair in self.prefix.items():
-            new.buffers[layer] = [t.new_zeros(len(rows), t.shape[0], columns, t.shape[2]) for t in pair]
+            # Zeros and not uninitialized memory: a weight of 0 times a stray NaN would be NaN.
+            new.buffers[layer] = [t.new_zeros(slots, t.shape[0], columns, t.shape[2]) for t in pair]
             begin = 0
-            for cohort in cohorts:
-                end, live = begin + len(cohort.rows), min(width, cohort.width)
+            for cohort, kept in zip(cohorts, keep, strict=True):
+                live = min(width, cohort.width)
                 for target, source in zip(new.buffers[layer], cohort.buffers.pop(layer), strict=True):
-                    target[begin:end, :, width - live : width] = source[: end - begin, :, cohort.width - live : cohort.width]
-                begin = end
+                    source = source[kept] if without else source[: len(kept)]
+                    target[begin : begin + len(kept), :, width - live : width] = source[:, :, cohort.width - live : cohort.width]
+                begin += len(kept)
         return new
 
     def copy_slots(self, cohort, sources, targets):
@@ -1129,7 +1218,7 @@ class RollingCache:
 
         if targets:
             device = self.positions.device
-            sources, targets = (torch.tensor(slots, device=device) for slots in (sources, targets))
+            sources, targets = (torch.tensor(slots, device=device) for slots in (sources, targets))  # once for all buffers
             for pair in cohort.buffers.values():
                 for buffer in pair:
                     buffer[targets, :, : cohort.width] = buffer[sources, :, : cohort.width]
@@ -1138,7 +1227,7 @@ class RollingCache:
         return 0  # positions are always given
 
     def clear(self):
-        self.prefix, self.parts, self.masks = {}, [], {}
+        vars(self).clear()
 
 
 def spare(width):
@@ -1147,7 +1236,7 @@ def spare(width):
 
 
 def scores_of(query, keys):
-    """query (a, b, m, dim) times keys (a, b, n, dim), as (a, b, m, n); on CUDA always in fp32.
+    """query (a, b, m, dim) times keys (a, b, n, dim), as (a, b, m, n); of 16-bit numbers in fp32 on CUDA.
 
     Rounded to 16 bits before the softmax, scores lose what fused attention keeps.
     """
@@ -1195,8 +1284,8 @@ def free_memory(device):
     import psutil
     import torch
 
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
+    if device.type != "cuda":  # all processes on the machine share it
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.cuda.empty_cache()  # what torch keeps for itself is free too
     return torch.cuda.mem_get_info(device)[0]
 
@@ -1204,91 +1293,8 @@ def free_memory(device):
 def is_out_of_memory(error):
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def choose_tokens(logits, rows, decoding):
-    """The next token of each row, as a list; the lowest id among equals."""
-    import torch
-
-    with torch.inference_mode():
-        highest = logits.max(dim=-1)  # NaN where a row holds one
-        if highest.values.isnan().any():
-            row = rows[highest.values.isnan().int().argmax()]
-            raise UserError(
-                f"question {row.request.id}: the model's logits are not numbers (NaN) after {len(row.tokens)} tokens; "
-                "its weights are damaged or overflow: try --dtype fp32"
-            )
-        if not decoding.do_sample:
-            return highest.indices.tolist()
-        counters = [(row.request.id, row.request.sample, len(row.tokens)) for row in rows]
-        return sample_tokens(logits, torch.tensor(counters, device=logits.device), decoding).tolist()
-
-
-def sample_tokens(logits, counters, decoding):
-    """Draw one token a row, (rows,), from logits (rows, vocabulary) and counters (rows, 3).
-
-    Temperature, top-k and top-p as transformers applies them, in this order; of equal logits the
-    lower token id ranks first (bf16 logits tie often). Among the kept tokens the largest of
-    log-probability plus Gumbel noise wins, which draws from their softmax (Gumbel-max). The noise
-    is a hash of (seed, question id, sample, step, token id), so that a draw depends on nothing else.
-    """
-    import torch
-
-    scores = logits.float() + 0.0  # -0.0 becomes 0.0, so that equal numbers have equal bits
-    size = scores.shape[-1]
-    if decoding.top_k or decoding.top_p < 1:
-        tokens = highest_tokens(scores, min(decoding.top_k or size, size))
-    else:  # all are kept, in whatever order
-        tokens = torch.arange(size, device=logits.device).expand(len(logits), -1)
-    scaled = scores.gather(-1, tokens).double() / decoding.temperature
-    if decoding.top_p < 1:
-        probabilities = scaled.softmax(dim=-1)
-        dropped = probabilities.cumsum(dim=-1) - probabilities >= decoding.top_p
-        most = tokens.shape[-1] - int(dropped.sum(dim=-1).min())
-        tokens, scaled = tokens[:, :most], scaled.masked_fill(dropped, -math.inf)[:, :most]
-    seed = torch.tensor(decoding.seed, device=logits.device)
-    random_bits = counter_hash(seed, *counters[:, :, None].unbind(dim=1), tokens)
-    # 52 bits and a half: exact in fp64, never 0 and never 1.
-    uniform = (logical_shift(random_bits, 12).double() + 0.5) * 2.0**-52
-    best = (scaled - torch.log(-torch.log(uniform))).argmax(dim=-1, keepdim=True)
-    return tokens.gather(-1, best)[:, 0]
-
-
-def highest_tokens(scores, count):
-    """The token ids of each row's `count` highest scores, highest first, of equal ones the lower id first."""
-    import torch
-
-    size = scores.shape[-1]
-    if count < size:  # all that could be among them, with every token that equals the last
-        least = scores.topk(count).values[:, -1:]
-        scores, tokens = scores.topk(int((scores >= least).sum(dim=-1).max()))
-    else:
-        tokens = torch.arange(size, device=scores.device)
-    # Floats ordered as integers, the token id below them.
-    bits = scores.view(torch.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
-    return size - 1 - ((ordered | (size - 1 - tokens)).topk(count).values & 0xFFFFFFFF)
-
-
-def counter_hash(*counters):
-    """A 64-bit hash of integer tensors that broadcast: SplitMix64's finalizer, chained.
-
-    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014. int64
-    wraps around, so that it serves as uint64.
-    """
-    state = 0
-    for counter in counters:
-        state = (counter ^ state) - 0x61C8864680B583EB  # the golden ratio's odd fraction, as int64
-        state = (state ^ logical_shift(state, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-        state = (state ^ logical_shift(state, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-        state = state ^ logical_shift(state, 31)
-    return state
-
-
-def logical_shift(number, bits):
-    """Shift right and fill with zeros, which int64's own shift does not."""
-    return (number >> bits) & ((1 << (64 - bits)) - 1)
+    told = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 # ------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ need --multi_gpu as well: without it accelerate starts one.
 
 import argparse
 import contextlib
+import datetime
 import fcntl
 import json
 import math
@@ -100,7 +101,8 @@ def fine_tune(args, build_model):
     if args.push_to_hub:  # a refusal comes before the training
         call_hub("create_repo", args.push_to_hub, repo_id=args.push_to_hub, exist_ok=True)
     with locked(args.output_dir):
-        finished, checkpoint = from_main(lambda: claim_folder(args, record))
+        # The main process alone looks, for files change while it does.
+        finished, checkpoint = gathered(claim_folder(args, record) if is_main() else None)[0]
         if not finished:
             config = build_config(args, parts, len(rows), checkpoint)
             trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out, ask)
@@ -403,17 +405,19 @@ def locked(folder):
         os.close(handle)
 
 
-def from_main(decide):
-    """What `decide()` gives in the main process, in every process: files change while the others look."""
-    decided = [decide() if is_main() else None]
-    if processes() > 1:
-        import torch
-        from accelerate import PartialState
-        from accelerate.utils import broadcast_object_list
+def gathered(value):
+    """The values of all processes, in every process."""
+    if processes() == 1:
+        return [value]
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
 
-        PartialState(cpu=not torch.cuda.is_available())
-        broadcast_object_list(decided)
-    return decided[0]
+    try:
+        PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(seconds=1800))  # transformers' ddp_timeout
+        return gather_object([value])
+    except RuntimeError as error:
+        raise UserError("another process has stopped, and says why") from error
 
 
 def claim_folder(args, record):
@@ -427,6 +431,7 @@ def claim_folder(args, record):
             raise UserError(f"--output-dir {folder}: holds {held[0]!r} and no {RECORD}; pass an empty folder")
         if path.exists() and read_json(path)["result"]:
             log(f"{folder}: finished already")
+            drop_checkpoints(folder)  # which a kill may have left
             return True, None
         write_record(args, record)
     except OSError as error:
@@ -462,6 +467,11 @@ def checkpoints(folder):
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def drop_checkpoints(folder):
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+
+
 def last_checkpoint(folder):
     """The newest whole checkpoint, or None. The trainer's state is written last: without it, a kill cut it short."""
     for checkpoint in reversed(checkpoints(folder)):
@@ -486,8 +496,6 @@ def load_full_model(args, files, device):
 def fit_into_memory(args, model, device, rows):
     """How many parts a process must cut its share of a batch into, by estimate; UserError where no cut is enough."""
     free = free_memory(device)
-    if device.type == "cpu":  # whose memory all processes of the machine share
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     state = 12 * trainable(model)  # gradient and AdamW's two moments, in fp32; the weight, 4 more, is loaded already
     element = 2 if args.dtype == "bf16" else 4
     row = max(map(len_ids, rows)) * activation_bytes_per_token(model, element, fused_head=device.type == "cuda")
@@ -499,7 +507,7 @@ def fit_into_memory(args, model, device, rows):
             f"training needs about {(state + row) / 2**30:.1f} GiB beside the weights, {state / 2**30:.1f} of it for "
             f"gradients and optimizer, and {free / 2**30:.1f} are free; train_lora.py or a smaller model need less"
         )
-    parts = max_over_processes(parts)
+    parts = max(gathered(parts))  # free memory differs, and all must cut alike
     if parts > args.gradient_accumulation:
         log(f"memory is short: a batch goes in {parts} parts, which costs time and changes nothing else")
     log(
@@ -507,17 +515,6 @@ def fit_into_memory(args, model, device, rows):
         f"{trainable(model):,} of {sum(weight.numel() for weight in model.parameters()):,} weights are trained"
     )
     return parts
-
-
-def max_over_processes(number):
-    if processes() == 1:
-        return number
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    PartialState(cpu=not torch.cuda.is_available())
-    return max(gather_object([number]))
 
 
 def trainable(model):
@@ -684,11 +681,14 @@ class Scoring:
 
         self.model.eval()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        loss, tokens = self.sum_losses(rank, ranks)
-        diverged = not math.isfinite(loss)  # then there is nothing to ask
-        right, asked = (0, len(self.questions[rank::ranks])) if diverged else self.count_right(rank, ranks)
-        sums = torch.tensor([loss, tokens, right, asked], dtype=torch.float64).to(self.args.device)
-        loss, tokens, right, asked = self.accelerator.reduce(sums).tolist()
+
+        def over_all(*sums):
+            return self.accelerator.reduce(torch.tensor(sums, dtype=torch.float64).to(self.args.device)).tolist()
+
+        loss, tokens = over_all(*self.sum_losses(rank, ranks))
+        right, asked = 0, len(self.questions)
+        if math.isfinite(loss):  # else the training has diverged, and there is nothing to ask
+            right, asked = over_all(*self.count_right(rank, ranks))
         metrics = {f"{metric_key_prefix}_loss": loss / tokens}
         line = f"step {self.state.global_step}: eval_loss {loss / tokens:.4f}"
         if asked:
@@ -845,14 +845,14 @@ def finish(args, trainer, record):
         trainer.model = trainer.model.float().merge_and_unload()
     trainer.save_model()
     trainer.save_state()
+    wait_for_all()  # until each has read the best checkpoint
     if not is_main():
         return
     write_atomically(args.output_dir / "README.md", model_card(args, trainer))
     draw_curves(trainer.state.log_history, args.output_dir / "training.png")
     record["result"] = best
     write_record(args, record)
-    for checkpoint in checkpoints(args.output_dir):
-        shutil.rmtree(checkpoint)
+    drop_checkpoints(args.output_dir)
     if not improved(trainer):
         log(NOT_IMPROVED)
     log(f"{args.output_dir}: finished; python inference.py --mode chatml_think_prefill --model-id {args.output_dir}")
