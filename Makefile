@@ -35,8 +35,8 @@ demo: .venv/installed
 	$(PY) benchmark.py $(patsubst %,outputs/demo/%.jsonl,zero_shot cot few_shot thinking chatml_think_prefill) --plot outputs/demo/modes.png
 
 # Two runs at a time, a core each. A finished run is not run again, a killed one goes on.
-SWEEP = $(addprefix sweep/full/,1e-6 1e-3 3e-3 1e-2 3e-2) \
-        $(addprefix sweep/lora-r4/,1e-6 1e-2 3e-2 1e-1) $(addprefix sweep/lora-r32/,1e-6 5e-3 1e-2 3e-2)
+SWEEP = $(addprefix sweep/full/,1e-6 3e-3 1e-2 3e-2) \
+        $(addprefix sweep/lora-r4/,1e-6 1e-2 3e-2 5e-2) $(addprefix sweep/lora-r32/,1e-6 5e-3 1e-2 3e-2)
 COMPARED = base $(foreach method,full lora-r4 lora-r32,$(method)/1e-6 $(method)/best)
 TRIED = $(foreach run,$(COMPARED),outputs/demo-train/test/$(subst /,_,$(run)).jsonl)
 BRIEFLY = $(DEMO) --max-steps 80 --eval-questions 300 --resume
