@@ -6,6 +6,7 @@ writes their figures.
 
 import contextlib
 import datetime
+import functools
 import multiprocessing
 import os
 import platform
@@ -216,6 +217,7 @@ def forward_from_the_fortieth(monkeypatch, act):
 
     forward, passes = transformers.Qwen3ForCausalLM.forward, []
 
+    @functools.wraps(forward)
     def injected(self, *args, **inputs):
         output = forward(self, *args, **inputs)
         passes.append(1)
