@@ -3,8 +3,8 @@
 Each fact lives here once. One prompt builder serves inference and training; one scorer serves
 `benchmark.py` and the evaluation inside training; one generation loop serves them all.
 
-The page reads in the order a run happens: errors and flags, prompts, data, model, generation,
-scoring, files. torch and transformers are imported inside the functions that use them, so that
+The page reads in the order a run happens: errors and flags, prompts, data, model, choosing
+tokens, generation, scoring, files. torch and transformers are imported inside the functions that use them, so that
 `--help` and `benchmark.py` start at once.
 """
 
@@ -527,7 +527,7 @@ def refuse_too_large(files, element, device):
     names = set(read_json(index)["weight_map"].values()) if index else {path.name for path in folder.glob("*.safetensors")}
     for name in names:
         with safe_open(folder / name, "pt") as file:
-            weights += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            weights += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     free = free_memory(device)
     if weights * element > free:
         raise UserError(
@@ -875,8 +875,8 @@ class RollingBatch:
         self.cohorts, self.ended = [], []
         self.finished = self.produced = 0
         self.longest_answer = max(request.max_new_tokens for request in requests)
-        self.most_columns = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         self.read_prefix(shared_beginning([request.prompt_ids for request in requests]))
+        check_fit(model, cache, max(len(request.prompt_ids) + request.max_new_tokens for request in requests))
         self.open = {Row(request, [*request.begun]) for request in requests}  # live or waiting
         self.wait(self.open)
         self.choose_slots(batch_size)
@@ -907,7 +907,6 @@ class RollingBatch:
             if is_out_of_memory(error):
                 raise
             raise unfit(self.model, error) from error
-        check_fit(self.model, self.cache, self.most_columns)
         self.cache.end_prefix(len(ids))
         self.prefix, self.token_bytes = len(ids), self.cache.bytes_per_token()
 
@@ -949,7 +948,7 @@ class RollingBatch:
     def room(self):
         """How many rows to admit now: none, unless they are an eighth of the batch, for few prompts read at a time cost more."""
         live = sum(len(cohort.rows) for cohort in self.cohorts)
-        self.tried = live
+        self.tried = live  # rows at once in the pass to come: what is halved where memory does not hold them
         if not self.waiting:
             return 0
         # Rows grow: with half as much again for the older ones few are ever sent back to wait.
@@ -1160,7 +1159,7 @@ class RollingCache:
         """0 where a new token sees a key, -inf where not: (rows, 1, 1, new, keys), made once a pass for all layers."""
         import torch
 
-        key = number, sliding_window, dtype
+        key = number, sliding_window
         if key not in self.masks:
             (cohort, *_), new, shared = self.parts[number], self.positions[own], self.shared
             keys = new
@@ -1248,7 +1247,7 @@ def scores_of(query, keys):
     return products.unflatten(0, query.shape[:2])
 
 
-def check_fit(model, cache, most_columns):
+def check_fit(model, cache, longest):
     """UserError for a model whose next token depends on more than keys, values and the positions given."""
     import inspect
 
@@ -1259,7 +1258,7 @@ def check_fit(model, cache, most_columns):
         or cache.attended != set(cache.prefix)
         or "position_ids" not in inspect.signature(type(model).forward).parameters
         or getattr(config, "attention_chunk_size", None)
-        or (sliding and sliding < most_columns and cache.windows == {None})  # it is in a mask that we do not see
+        or (sliding and sliding < longest and cache.windows == {None})  # it is in a mask that we do not see
     ):
         raise unfit(model)
 
