@@ -706,7 +706,8 @@ def logical_shift(number, bits):
 # there are too many, two that waste the least merge. A cohort whose columns are used up is copied into new
 # ones, without the columns in which no row stands. All cohorts take a step in one forward pass,
 # and attend one after the other. The beginning that all prompts share is computed once and kept
-# apart: every row attends to it, none holds a copy.
+# apart: every row attends to it, none holds a copy. On CUDA a step whose cohorts are those of the
+# last one is captured as a graph and replayed: what changes between such steps is in tensors.
 # ------------------------------------------------------------------------------------------
 
 MOST_SLOTS = 1024  # what --batch-size auto takes where memory allows more
@@ -716,6 +717,7 @@ MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and log
 SPARE_COLUMNS = 24  # beyond those in use, and an eighth of these
 MOST_COHORTS = 4  # each costs calls in every step
 FEW_ROWS = 32  # of which one cohort is made whatever their lengths: further ones would cost more than they save
+ROW_STEP = {"cpu": 1, "cuda": 64}  # to which a cohort's rows are rounded up where steps are captured, for one graph to serve many
 LIKE = 0.75  # of the length of a cohort's longest row its others have at least so much, as it begins
 
 
@@ -872,7 +874,8 @@ class RollingBatch:
         self.model, self.cache, self.decoding = model, cache, decoding
         self.stop_ids, self.note = stop_ids, note
         self.kind = "cuda" if model.device.type == "cuda" else "cpu"
-        self.cohorts, self.ended = [], []
+        self.row_step, self.captures, self.captured_parts = ROW_STEP[self.kind], False, None
+        self.cohorts, self.waiting, self.ended = [], [], []
         self.finished = self.produced = 0
         self.longest_answer = max(request.max_new_tokens for request in requests)
         self.read_prefix(shared_beginning([request.prompt_ids for request in requests]))
@@ -894,21 +897,20 @@ class RollingBatch:
                 if self.slots == 1 or not is_out_of_memory(error):
                     raise
                 self.restart_with_half()
-            self.cohorts = [cohort for cohort in self.cohorts if cohort.rows]
+            self.let_go([cohort for cohort in self.cohorts if not cohort.rows])
             ended, self.ended = self.ended, []
             yield from ended
 
     def read_prefix(self, ids):
         """Compute the tokens that all prompts share, once. Without any, one is read all the same: it shows the cache's sizes."""
-        self.prefix, self.waiting = 0, []
+        self.prefix = 0
         try:
-            self.forward([[*ids] or [0]], [max(1, len(ids))], [(None, 0, 1)], over_buffers=False)
+            self.forward([[*ids] or [0]], [max(1, len(ids))], [(None, slice(1), slice(1))])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise unfit(self.model, error) from error
-        self.cache.end_prefix(len(ids))
-        self.prefix, self.token_bytes = len(ids), self.cache.bytes_per_token()
+        self.prefix, self.token_bytes = len(ids), self.cache.end_prefix(len(ids))
 
     def wait(self, rows):
         """Rows wait longest first, taken from the list's end: those that come together are of like length."""
@@ -917,8 +919,7 @@ class RollingBatch:
     def choose_slots(self, batch_size):
         free = free_memory(self.model.device)
         self.budget = int(free * MEMORY_SHARE[self.kind] / self.token_bytes)  # in columns of one row
-        most = MOST_SLOTS if batch_size == "auto" else batch_size
-        self.slots = min(most, len(self.waiting))
+        self.slots = min(MOST_SLOTS if batch_size == "auto" else batch_size, len(self.waiting))
         fits = max(1, self.budget // self.typical())
         reason = "one for each request" if self.slots == len(self.waiting) else "the most that pays"
         if fits < self.slots:
@@ -947,10 +948,9 @@ class RollingBatch:
 
     def room(self):
         """How many rows to admit now: none, unless they are an eighth of the batch, for few prompts read at a time cost more."""
-        live = sum(len(cohort.rows) for cohort in self.cohorts)
-        self.tried = live  # rows at once in the pass to come: what is halved where memory does not hold them
         if not self.waiting:
             return 0
+        live = sum(len(cohort.rows) for cohort in self.cohorts)
         # Rows grow: with half as much again for the older ones few are ever sent back to wait.
         typical = self.typical()
         taken = sum(
@@ -959,8 +959,7 @@ class RollingBatch:
         )
         room = min(self.slots - live, (self.budget - taken) // typical, len(self.waiting))
         if room < min(len(self.waiting), (live + room) // 8 + 1):
-            room = 0 if live else 1
-        self.tried = live + room
+            return 0 if live else 1
         return room
 
     def admit(self, room):
@@ -972,55 +971,89 @@ class RollingBatch:
                 return
         width = self.own(self.waiting[-1])
         alike = sum(self.own(row) >= LIKE * width for row in self.waiting[-room:])
-        left = max(alike, min(room, FEW_ROWS))
-        cohort = self.cache.pack([], left, spare(width) + width, width)
+        rows = [self.waiting.pop() for _ in range(max(alike, min(room, FEW_ROWS)))]
+        cohort = self.cache.pack([], len(rows), spare(width) + width, width)
         self.cohorts.append(cohort)
-        while left:
-            width = self.own(self.waiting[-1])
-            most = min(PREFILL_TOKENS[self.kind] // width, PREFILL_PAIRS // (width * (self.prefix + width)))
-            new = [self.waiting.pop() for _ in range(min(left, max(1, most)))]
-            left -= len(new)
-            begin = len(cohort.rows)
+        while rows:
+            width = self.own(rows[0])
+            most = max(1, min(PREFILL_TOKENS[self.kind] // width, PREFILL_PAIRS // (width * (self.prefix + width))))
+            new, rows, begin = rows[:most], rows[most:], len(cohort.rows)
             cohort.rows += new
             tokens = [[*row.request.prompt_ids[self.prefix :], *row.tokens] for row in new]
-            logits = self.forward(tokens, [self.own(row) for row in new], [(cohort, begin, len(new))], over_buffers=False)
-            self.extend(new, logits)
+            part = cohort, slice(begin, begin + len(new)), slice(len(new))
+            self.extend(new, self.forward(tokens, [self.own(row) for row in new], [part]))
 
     def step(self):
         """One more token for every live row."""
         full = [cohort for cohort in self.cohorts if cohort.width == cohort.columns]
-        if full and self.tried <= FEW_ROWS:
+        if full and sum(len(cohort.rows) for cohort in self.cohorts) <= FEW_ROWS:
             self.repack(self.cohorts)
             full = []
         for cohort in full:
             self.repack([cohort])
-        rows, parts = [row for cohort in self.cohorts for row in cohort.rows], []
+        rows, parts = [], []
         for cohort in self.cohorts:
             cohort.width += 1
-            parts.append((cohort, 0, len(cohort.rows)))
-        logits = self.forward([row.tokens[-1:] for row in rows], [self.own(row) for row in rows], parts, over_buffers=True)
+            count = min(cohort.slots, math.ceil(len(cohort.rows) / self.row_step) * self.row_step)
+            parts.append((cohort, slice(count), slice(len(rows), len(rows) + count)))
+            rows += cohort.rows + [None] * (count - len(cohort.rows))
+        tokens = [[0] if row is None else row.tokens[-1:] for row in rows]
+        logits = self.forward(tokens, [1 if row is None else self.own(row) for row in rows], parts, step=True)
+        if None in rows:
+            live = [i for i, row in enumerate(rows) if row is not None]
+            rows, logits = [rows[i] for i in live], logits[live]
         self.extend(rows, logits)
 
-    def forward(self, tokens, own, parts, over_buffers):
-        """Logits (rows, vocabulary) after each row's new `tokens`, with which it takes `own` columns; see RollingCache.aim."""
+    def forward(self, tokens, own, parts, step=False):
+        """Logits (rows, vocabulary) after each row's new `tokens`, with which it takes `own` columns; parts: see RollingCache.aim."""
         import torch
 
+        device, width = self.model.device, max(map(len, tokens))
+        ids = [[0] * (width - len(row)) + row for row in tokens]
+        positions = [[*range(self.prefix + columns - width, self.prefix + columns)] for columns in own]
+        newest = [cohort.width - 1 if cohort else 0 for cohort, *_ in parts]
+        with torch.inference_mode():
+            inputs = torch.tensor([ids, positions], device=device)
+            if step and self.row_step > 1:
+                return self.replay(parts, inputs, torch.tensor(newest, device=device))
+            return self.read(parts, inputs, newest, step)
+
+    def read(self, parts, inputs, newest, step):
+        ids, positions = inputs
+        return self.model(
+            input_ids=ids,
+            attention_mask=self.cache.aim(parts, newest, positions, self.prefix, over_buffers=step),
+            position_ids=positions.clamp(min=self.prefix),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def replay(self, parts, *inputs):
+        """A step on CUDA: captured where the last one had the same parts, then launched at once instead of kernel by kernel."""
+        if parts != self.captured_parts:
+            self.captured_parts, self.inputs, self.graph = parts, inputs, None
+            return self.read(parts, *inputs, step=True)
+        for held, new in zip(self.inputs, inputs, strict=True):
+            held.copy_(new)
+        self.graph = self.graph or self.try_capture(lambda: self.read(parts, *self.inputs, step=True))
+        return self.graph()
+
+    def try_capture(self, work):
+        """`work`, captured. The first time its result is compared; if it differs, or nothing can be captured, `work` itself."""
         try:
-            with torch.inference_mode():
-                device, width = self.model.device, max(map(len, tokens))
-                ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=device)
-                ends = self.prefix + torch.tensor(own, device=device)[:, None]
-                positions = ends - torch.arange(width, 0, -1, device=device)
-                return self.model(
-                    input_ids=ids,
-                    attention_mask=self.cache.aim(parts, positions, self.prefix, over_buffers),
-                    position_ids=positions.clamp(min=self.prefix),
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
-        finally:
-            self.cache.forget_aim()
+            expected = None if self.captures else work()
+            graph = capture(work, self.model.device)
+            if expected is not None and not (graph() - expected).abs().max() <= expected.abs().max() / 32:
+                raise RuntimeError("a replay gives other logits")
+            self.captures = True
+            return graph
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self.note(f"no step is captured as a CUDA graph, which is slower: {first_line(error)}")
+            self.row_step = 1
+            return work
 
     def extend(self, rows, logits):
         """Append the chosen token to each row; rows that end with it leave."""
@@ -1038,10 +1071,10 @@ class RollingBatch:
         for cohort in self.cohorts if ended else ():
             self.remove(cohort, ended)
 
-    def remove(self, cohort, ended):
-        """Free the slots of ended rows: rows from the end move into them."""
-        keep = [slot for slot, row in enumerate(cohort.rows) if row not in ended]
-        holes = [slot for slot, row in enumerate(cohort.rows[: len(keep)]) if row in ended]
+    def remove(self, cohort, leaving):
+        """Free the slots of rows that leave: rows from the end move into them."""
+        keep = [slot for slot, row in enumerate(cohort.rows) if row not in leaving]
+        holes = [slot for slot, row in enumerate(cohort.rows[: len(keep)]) if row in leaving]
         moved = keep[len(keep) - len(holes) :]
         self.cache.copy_slots(cohort, moved, holes)
         for source, hole in zip(moved, holes, strict=True):
@@ -1062,15 +1095,23 @@ class RollingBatch:
         others = [cohort for cohort in self.cohorts if cohort not in cohorts]
         fitting = (self.budget - sum(cohort.slots * cohort.columns for cohort in others)) // columns
         short = rows[: max(0, len(rows) - max(1, fitting))]
-        self.cohorts = [*others, self.cache.pack(cohorts, len(rows) - len(short), columns, width, without=set(short))]
+        for cohort in cohorts if short else ():
+            self.remove(cohort, set(short))
+        self.cohorts = [*others, self.cache.pack(cohorts, len(rows) - len(short), columns, width)]
         self.wait(short)
 
     def restart_with_half(self):
         """Out of memory: half the rows that were tried. All that are not done wait again and keep their tokens."""
-        self.cohorts, self.waiting = [], []
+        self.slots = max(1, min(self.slots, len(self.open) - len(self.waiting)) // 2)
+        self.let_go(self.cohorts)
+        self.captured_parts, self.graph, self.waiting = None, None, []
         self.wait(self.open)
-        self.slots = max(1, min(self.slots, self.tried) // 2)
         self.note(f"out of memory: going on with batch size {self.slots}, nothing lost")
+
+    def let_go(self, cohorts):
+        self.cohorts = [cohort for cohort in self.cohorts if cohort not in cohorts]
+        for cohort in cohorts:
+            cohort.buffers.clear()  # others may hold on to the cohort
 
 
 class RollingCache:
@@ -1083,33 +1124,31 @@ class RollingCache:
     def __init__(self):
         self.prefix, self.attended, self.windows = {}, set(), set()
 
-    def aim(self, parts, positions, prefix, over_buffers):
-        """Before a forward pass of rows that stand in `parts`: (cohort, first slot, rows) each.
+    def aim(self, parts, newest, positions, prefix, over_buffers):
+        """Before a forward pass: where its rows stand, as parts (cohort, slice of its slots, slice of the rows).
 
-        positions: of their new tokens, (rows, new). over_buffers: whether these attend to what the
-        cohorts hold, or to one another alone. Returns what to give the model as its mask.
+        newest: the column of the last new token, a number for each part, or one tensor in a step that is
+        captured. positions: of the new tokens, (rows, new). over_buffers: whether these attend to what
+        the cohorts hold, or to one another alone. Returns what to give the model as its mask.
         """
         import torch
 
-        self.parts, self.positions, self.shared, self.over_buffers, self.masks = parts, positions, prefix, over_buffers, {}
+        self.parts, self.newest = parts, newest if isinstance(newest, list) else newest.split(1)
+        self.positions, self.shared, self.over_buffers, self.masks = positions, prefix, over_buffers, {}
         rows, new = positions.shape
         self.given = torch.zeros((rows, 1, new, new), device=positions.device)  # so that it makes none; attend has its own
         return self.given
 
-    def forget_aim(self):
-        """Let go of what the pass held, so that dropped cohorts leave memory."""
-        self.parts, self.masks, self.updated = [], {}, ()
-
     def update(self, keys, values, layer, *args, **kwargs):
         """Called by each layer: store the new tokens."""
-        self.updated, begin = (keys, values), 0
-        for cohort, slot, count in self.parts:
+        self.updated = keys, values
+        for (cohort, slots, own), newest in zip(self.parts, self.newest, strict=True):
             if cohort is None:
                 self.prefix[layer] = keys[0], values[0]
                 continue
+            columns = slice(newest + 1 - keys.shape[2], newest + 1) if isinstance(newest, int) else newest
             for buffer, new in zip(cohort.buffers[layer], (keys, values), strict=True):
-                buffer[slot : slot + count, :, cohort.width - new.shape[2] : cohort.width] = new[begin : begin + count]
-            begin += count
+                buffer[slots, :, columns] = new[own]
         return keys, values
 
     def attend(self, module, query, keys, values, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
@@ -1120,7 +1159,7 @@ class RollingCache:
         """
         import torch
 
-        self.refuse_other_attention(module, keys, values, attention_mask, kwargs)
+        refuse_other_attention(self, module, keys, values, attention_mask, kwargs)
         self.windows.add(sliding_window)
         layer, shared = module.layer_idx, self.shared
         self.attended.add(layer)
@@ -1128,48 +1167,44 @@ class RollingCache:
         groups = keys.shape[1]
         folded = heads // groups * new
         query = (query * (dim**-0.5 if scaling is None else scaling)).reshape(rows, groups, folded, dim)
+        result = query.new_empty(rows, groups, folded, values.shape[3])
         if shared:
             shared_keys, shared_values = self.prefix[layer]
-            over_prefix = scores_of(query.transpose(0, 1).reshape(1, groups, rows * folded, dim), shared_keys[None])
-            over_prefix = over_prefix.view(groups, rows, folded, shared).transpose(0, 1)
-        results, prefix_weights, begin = [], [], 0
-        for number, (cohort, slot, count) in enumerate(self.parts):
-            own = slice(begin, begin + count)
-            window = [buffer[slot : slot + count] for buffer in cohort.buffers[layer]] if self.over_buffers else (keys, values)
+            by_group = scores_of(query.transpose(0, 1).reshape(1, groups, rows * folded, dim), shared_keys[None])[0]
+            over_prefix = by_group.view(groups, rows, folded, shared).transpose(0, 1)
+        for number, (cohort, slots, own) in enumerate(self.parts):
+            window = [buffer[slots] for buffer in cohort.buffers[layer]] if self.over_buffers else (keys, values)
             scores = scores_of(query[own], window[0])
             if shared:
                 scores = torch.cat([over_prefix[own], scores], dim=-1)
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
             by_token = scores.view(len(scores), groups, -1, new, scores.shape[-1])
-            by_token += self.mask(number, own, sliding_window, scores.dtype)
+            by_token += self.mask(number, sliding_window, scores.dtype)
             precision = torch.promote_types(scores.dtype, torch.float32)
             weights = torch.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
-            results.append(weights[..., shared:] @ window[1])
-            prefix_weights.append(weights[..., :shared])
-            begin = own.stop
-        result = results[0] if len(results) == 1 else torch.cat(results)
+            result[own] = weights[..., shared:] @ window[1]
+            if shared:
+                over_prefix[own] = weights[..., :shared]
         if shared:
-            weights = prefix_weights[0] if len(results) == 1 else torch.cat(prefix_weights)
-            from_prefix = weights.transpose(0, 1).reshape(groups, rows * folded, shared) @ shared_values
+            from_prefix = by_group.to(query.dtype) @ shared_values
             result += from_prefix.view(groups, rows, folded, -1).transpose(0, 1)
         return result.reshape(rows, heads, new, -1).transpose(1, 2).contiguous(), None
 
-    def mask(self, number, own, sliding_window, dtype):
+    def mask(self, number, sliding_window, dtype):
         """0 where a new token sees a key, -inf where not: (rows, 1, 1, new, keys), made once a pass for all layers."""
         import torch
 
         key = number, sliding_window
         if key not in self.masks:
-            (cohort, *_), new, shared = self.parts[number], self.positions[own], self.shared
-            keys = new
-            if self.over_buffers:  # the newest token stands in column width - 1
-                columns = torch.arange(cohort.columns, device=new.device)
-                keys = new[:, -1:] + columns - (cohort.width - 1)
-            keys = keys.masked_fill(keys < shared, 2**40)  # padding, further on than any token looks
-            keys = torch.cat([torch.arange(shared, device=new.device).expand(len(new), -1), keys], dim=1)
+            cohort, _, own = self.parts[number]
+            keys = new = self.positions[own]
+            if self.over_buffers:
+                keys = new[:, -1:] + torch.arange(cohort.columns, device=new.device) - self.newest[number]
+            keys = keys.masked_fill(keys < self.shared, 2**40)  # padding, further on than any token looks
+            keys = torch.cat([torch.arange(self.shared, device=new.device).expand(len(new), -1), keys], dim=1)
             # A padding token counts as the row's first: it sees something, and so never turns into NaN.
-            distance = new.clamp(min=shared)[:, :, None] - keys[:, None]
+            distance = new.clamp(min=self.shared)[:, :, None] - keys[:, None]
             visible = distance >= 0
             if sliding_window is not None:
                 visible &= distance < sliding_window
@@ -1177,39 +1212,23 @@ class RollingCache:
             self.masks[key] = mask[:, None, None]
         return self.masks[key]
 
-    def refuse_other_attention(self, module, keys, values, attention_mask, options):
-        """UserError for a layer that does more than attend over what it stored, with the mask it was given."""
-        unknown = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
-        if keys is not self.updated[0] or values is not self.updated[1]:
-            unknown.append("keys and values other than the stored ones")
-        if attention_mask is not self.given:
-            unknown.append("a mask of its own")
-        if not getattr(module, "is_causal", True):
-            unknown.append("a look ahead")
-        if unknown:
-            raise UserError(f"{type(module).__name__}: attention with {unknown[0]} is not supported; pass another model")
-
     def end_prefix(self, length):
+        """Keep so many tokens of what was read; returns the bytes that one takes in all layers."""
         self.prefix = {layer: (k[:, :length], v[:, :length]) for layer, (k, v) in self.prefix.items()}
-
-    def bytes_per_token(self):
         return sum(t.shape[0] * t.shape[2] * t.element_size() for pair in self.prefix.values() for t in pair)
 
-    def pack(self, cohorts, slots, columns, width, without=frozenset()):
+    def pack(self, cohorts, slots, columns, width):
         """A cohort with the live columns of others, taken over a layer at a time, so that little memory is held twice."""
-        keep = [[slot for slot, row in enumerate(cohort.rows) if row not in without] for cohort in cohorts]
-        rows = [cohort.rows[slot] for cohort, kept in zip(cohorts, keep, strict=True) for slot in kept]
-        new = Cohort(rows, slots, columns, width, {})
+        new = Cohort([row for cohort in cohorts for row in cohort.rows], slots, columns, width, {})
         for layer, pair in self.prefix.items():
             # Zeros and not uninitialized memory: a weight of 0 times a stray NaN would be NaN.
             new.buffers[layer] = [t.new_zeros(slots, t.shape[0], columns, t.shape[2]) for t in pair]
             begin = 0
-            for cohort, kept in zip(cohorts, keep, strict=True):
-                live = min(width, cohort.width)
+            for cohort in cohorts:
+                rows, live = len(cohort.rows), min(width, cohort.width)
                 for target, source in zip(new.buffers[layer], cohort.buffers.pop(layer), strict=True):
-                    source = source[kept] if without else source[: len(kept)]
-                    target[begin : begin + len(kept), :, width - live : width] = source[:, :, cohort.width - live : cohort.width]
-                begin += len(kept)
+                    target[begin : begin + rows, :, width - live : width] = source[:rows, :, cohort.width - live : cohort.width]
+                begin += rows
         return new
 
     def copy_slots(self, cohort, sources, targets):
@@ -1227,6 +1246,21 @@ class RollingCache:
 
     def clear(self):
         vars(self).clear()
+
+
+def capture(work, device):
+    """A function that launches all kernels of `work` at once, as a CUDA graph; each call overwrites the result of the last."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        result = work()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
 
 
 def spare(width):
@@ -1261,6 +1295,19 @@ def check_fit(model, cache, longest):
         or (sliding and sliding < longest and cache.windows == {None})  # it is in a mask that we do not see
     ):
         raise unfit(model)
+
+
+def refuse_other_attention(cache, module, keys, values, attention_mask, options):
+    """UserError for a layer that does more than attend over what it stored, with the mask it was given."""
+    unknown = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
+    if keys is not cache.updated[0] or values is not cache.updated[1]:
+        unknown.append("keys and values other than the stored ones")
+    if attention_mask is not cache.given:
+        unknown.append("a mask of its own")
+    if not getattr(module, "is_causal", True):
+        unknown.append("a look ahead")
+    if unknown:
+        raise UserError(f"{type(module).__name__}: attention with {unknown[0]} is not supported; pass another model")
 
 
 def unfit(model, error=None):

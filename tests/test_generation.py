@@ -1,5 +1,6 @@
 """The rolling batch gives the tokens that one prompt at a time gives, and samples as stated."""
 
+import contextlib
 import dataclasses
 import random
 
@@ -8,6 +9,8 @@ import scipy.stats
 import torch
 import transformers
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 from common import Decoding, Request, UserError, counter_hash, generate, sample_tokens
@@ -132,6 +135,76 @@ def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(tokenizer
     monkeypatch.setattr(Counted, "typical", lambda self: self.own(self.waiting[-1]))  # admits more than can stay
     assert tokens_of(model, tokenizer, requests) == alone
     assert Counted.sent_back > 3
+
+
+class Recorded(TorchDispatchMode):
+    """What a torch.cuda.CUDAGraph does, without CUDA: the same kernels again, on the same memory, with the same numbers.
+
+    Whatever of a step is not in a tensor stays as it was when the step was captured. Kernels that a
+    capture forbids, for they wait for the device or copy from the host, are refused.
+    """
+
+    graphs = replays = 0
+    FORBIDDEN = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.calls, Recorded.graphs = [], Recorded.graphs + 1
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        assert kernel.overloadpacket.__name__ not in self.FORBIDDEN
+        result = kernel(*args, **kwargs or {})
+        self.calls.append((kernel, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        Recorded.replays += 1
+        for kernel, args, kwargs, result in self.calls:
+            memory = {item.untyped_storage().data_ptr() for item in tree_leaves(args) if isinstance(item, torch.Tensor)}
+            for old, new in zip(tree_leaves(result), tree_leaves(kernel(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in memory:
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(common, "ROW_STEP", {"cpu": 4})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    Recorded.graphs = Recorded.replays = 0
+    return Recorded
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("Qwen3", {}), ("Llama", {"num_key_value_heads": 3}), ("Mistral", {"sliding_window": 13})]
+)
+def test_captured_steps_give_the_tokens_of_one_prompt_at_a_time(architecture, changes, recorded, tokenizer):
+    model, requests, notes = random_model(architecture, **changes), random_requests(), []
+    alone = one_at_a_time(model, requests)
+    for batch_size in (9, "auto"):
+        done = generate(model, tokenizer, requests, batch_size=batch_size, note=notes.append)
+        assert {(c.id, c.sample): c.token_ids for c in done} == alone
+    assert recorded.graphs > 10 and recorded.replays > 3 * recorded.graphs
+    assert not [note for note in notes if "captured" in note]
+
+
+def test_a_step_that_cannot_be_captured_or_replays_wrongly_is_run_as_it_is(recorded, tokenizer, monkeypatch):
+    model, requests = random_model(), random_requests()
+    expected = one_at_a_time(model, requests)
+
+    def refused(work, device):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    def wrong(work, device):
+        return lambda: work().flip(-1)
+
+    for way, told in ((refused, "operation not permitted when stream is capturing"), (wrong, "a replay gives other logits")):
+        monkeypatch.setattr(common, "capture", way)
+        notes = []
+        done = generate(model, tokenizer, requests, note=notes.append)
+        assert {(c.id, c.sample): c.token_ids for c in done} == expected
+        assert notes[1:] == [f"no step is captured as a CUDA graph, which is slower: {told}"]
 
 
 def test_prompts_without_a_shared_beginning_are_answered_alike(tokenizer):
@@ -329,12 +402,13 @@ def test_out_of_memory_injected_while_ended_rows_leave_ends_them_once(at, tokeni
     assert len(calls) >= at
 
 
-def test_every_tensor_is_made_on_the_models_device(tokenizer, monkeypatch):
+@pytest.mark.parametrize("row_step", [1, 4])
+def test_every_tensor_is_made_on_the_models_device(row_step, tokenizer, monkeypatch):
     """On the meta device, where a tensor of another device is refused: what a GPU would do, without one."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**SHAPE))
     model.generation_config.eos_token_id = None
-    requests, draw = random_requests(30), random.Random(1)
+    requests, draw = random_requests(12), random.Random(1)
 
     def chosen(logits, rows, decoding):
         assert logits.device.type == "meta"
@@ -342,9 +416,20 @@ def test_every_tensor_is_made_on_the_models_device(tokenizer, monkeypatch):
 
     monkeypatch.setattr(common, "choose_tokens", chosen)
     monkeypatch.setattr(common, "free_memory", lambda device: 2**22)
-    assert len(tokens_of(model, tokenizer, requests)) == 30
+    monkeypatch.setattr(common, "ROW_STEP", {"cpu": row_step})
+    monkeypatch.setattr(common.RollingBatch, "try_capture", lambda self, work: work)  # nothing to compare there
+    assert len(tokens_of(model, tokenizer, requests)) == 12
     counters = torch.zeros(5, 3, dtype=torch.int64, device="meta")
     assert sample_tokens(torch.zeros(5, 99, device="meta"), counters, Decoding(True)).device.type == "meta"
+
+
+def test_it_answers_under_autocast(tokenizer):
+    """As training in bf16 scores; there keys and values may be of two dtypes."""
+    model, requests = random_model().float(), random_requests(6)
+    expected = tokens_of(model, tokenizer, requests)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = tokens_of(model, tokenizer, requests)
+    assert [tokens[0] for tokens in rounded.values()] == [expected[key][0] for key in rounded]
 
 
 def test_two_models_can_answer_in_turns(tokenizer):
