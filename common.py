@@ -710,7 +710,7 @@ def logical_shift(number, bits):
 # last one is captured as a graph and replayed: what changes between such steps is in tensors.
 # ------------------------------------------------------------------------------------------
 
-MOST_SLOTS = 1024  # what --batch-size auto takes where memory allows more
+MOST_SLOTS = 2048  # what --batch-size auto takes where memory allows more
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one pass; on a CPU the activations stay in its caches
 PREFILL_PAIRS = 2**22  # of one pass, of a token that attends and one that is attended to: their scores take memory
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of what is free; activations and logits need the rest
