@@ -507,7 +507,9 @@ def load_model(files, dtype, device):
         )
         if files.base:
             model = merge_adapter(model, files)
-        model = model.to(device=device, dtype=final).eval()
+            for weight in model.parameters():  # no buffers: rounded, rope's frequencies turn too far with every position
+                weight.data = weight.data.to(final)
+        model = model.to(device).eval()
     except UserError:
         raise
     except Exception as error:  # damaged or unfit files raise whatever their parser raises

@@ -127,6 +127,10 @@ def test_a_lora_adapter_answers_as_its_merged_model(tmp_path):
     run(tmp_path / "base.jsonl", "--limit", 8, "--max-new-tokens", 60)
     outputs = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("adapter", "merged", "base")}
     assert outputs["adapter"] == outputs["merged"] != outputs["base"]
+    for name in ("adapter", "merged"):
+        loaded = common.load_model(common.find_model(str(tmp_path / name)), "bf16", torch.device("cpu"))
+        assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
+        assert {buffer.dtype for buffer in loaded.buffers()} == {torch.float32}  # the frequencies of rope
 
 
 @pytest.mark.parametrize("mode", common.MODES)
