@@ -116,8 +116,12 @@ class Counted(common.RollingBatch):
         super().wait(rows)
 
 
-def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(tokenizer, monkeypatch):
+@pytest.mark.parametrize("captured", [False, True])
+def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(captured, tokenizer, monkeypatch, request):
     """Little to spare, few cohorts, and memory for a third of the rows: everything that moves keys and values happens."""
+    Counted.merged = Counted.packed = Counted.sent_back = 0
+    if captured:
+        request.getfixturevalue("recorded")
     model = random_model("Mistral", sliding_window=50)
     requests = [dataclasses.replace(r, max_new_tokens=10 + 19 * r.id % 120) for r in random_requests(40, beginning=9)]
     alone = one_at_a_time(model, requests)
@@ -135,49 +139,75 @@ def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(tokenizer
     monkeypatch.setattr(Counted, "typical", lambda self: self.own(self.waiting[-1]))  # admits more than can stay
     assert tokens_of(model, tokenizer, requests) == alone
     assert Counted.sent_back > 3
+    assert not captured or common.ROW_STEP["cpu"] == 4 and Recorded.replays > Recorded.graphs > 10
 
 
 class Recorded(TorchDispatchMode):
     """What a torch.cuda.CUDAGraph does, without CUDA: the same kernels again, on the same memory, with the same numbers.
 
-    Whatever of a step is not in a tensor stays as it was when the step was captured. Kernels that a
-    capture forbids, for they wait for the device or copy from the host, are refused.
+    Whatever of a step is not in a tensor stays as it was when the step was captured. What a capture
+    forbids, for it waits for the device or copies from the host, is refused.
     """
 
     graphs = replays = 0
-    FORBIDDEN = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "lift_fresh")
+    FORBIDDEN = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "lift_fresh")
 
     def __init__(self):
         super().__init__()
-        self.calls, Recorded.graphs = [], Recorded.graphs + 1
+        self.calls, self.patches, Recorded.graphs = [], pytest.MonkeyPatch(), Recorded.graphs + 1
+
+    def __enter__(self):
+        for name in ("tolist", "numpy", "cpu"):
+            self.patches.setattr(torch.Tensor, name, self.refused, raising=False)
+        return super().__enter__()
+
+    def refused(self, *arguments):
+        raise AssertionError("waits for the device")
+
+    def __exit__(self, *error):
+        self.patches.undo()
+        super().__exit__(*error)
+        for _, args, _, result in self.calls:  # a capture computes nothing: its results come with the first replay
+            for old in self.made(args, result):
+                old.fill_(float("nan") if old.is_floating_point() else 1)
 
     def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
-        assert kernel.overloadpacket.__name__ not in self.FORBIDDEN
+        name = kernel.overloadpacket.__name__
+        assert name not in self.FORBIDDEN
+        if "index" in name:  # by a mask it waits to know how many
+            assert all(item.dtype != torch.bool for item in tree_leaves(args[1]) if isinstance(item, torch.Tensor))
         result = kernel(*args, **kwargs or {})
         self.calls.append((kernel, args, kwargs or {}, result))
         return result
 
+    def made(self, args, result):
+        """The tensors of a result that are no views of what it was made from."""
+        memory = {item.untyped_storage().data_ptr() for item in tree_leaves(args) if isinstance(item, torch.Tensor)}
+        tensors = [item for item in tree_leaves(result) if isinstance(item, torch.Tensor)]
+        return [item for item in tensors if item.untyped_storage().data_ptr() not in memory]
+
     def replay(self):
         Recorded.replays += 1
         for kernel, args, kwargs, result in self.calls:
-            memory = {item.untyped_storage().data_ptr() for item in tree_leaves(args) if isinstance(item, torch.Tensor)}
-            for old, new in zip(tree_leaves(result), tree_leaves(kernel(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in memory:
-                    old.copy_(new)
+            again = kernel(*args, **kwargs)
+            for old, new in zip(self.made(args, result), self.made(args, again), strict=True):
+                old.copy_(new)
 
 
 @pytest.fixture
 def recorded(monkeypatch):
     monkeypatch.setattr(common, "ROW_STEP", {"cpu": 4})
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph)
+    for name in ("device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
     Recorded.graphs = Recorded.replays = 0
     return Recorded
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes"), [("Qwen3", {}), ("Llama", {"num_key_value_heads": 3}), ("Mistral", {"sliding_window": 13})]
+    ("architecture", "changes"),
+    [("Qwen3", {}), ("Gemma2", {"sliding_window": 11, "query_pre_attn_scalar": 54, "tie_word_embeddings": False})],
 )
 def test_captured_steps_give_the_tokens_of_one_prompt_at_a_time(architecture, changes, recorded, tokenizer):
     model, requests, notes = random_model(architecture, **changes), random_requests(), []
@@ -189,22 +219,44 @@ def test_captured_steps_give_the_tokens_of_one_prompt_at_a_time(architecture, ch
     assert not [note for note in notes if "captured" in note]
 
 
-def test_a_step_that_cannot_be_captured_or_replays_wrongly_is_run_as_it_is(recorded, tokenizer, monkeypatch):
-    model, requests = random_model(), random_requests()
-    expected = one_at_a_time(model, requests)
+def test_captured_steps_sample_the_same_tokens(recorded, tokenizer, monkeypatch):
+    model, requests, decoding = random_model(), random_requests(), Decoding(True, 0.8, 0.9, 20, seed=3)
+    sampled = tokens_of(model, tokenizer, requests, decoding=decoding, batch_size=9)
+    assert recorded.replays > 100
+    monkeypatch.setattr(common, "ROW_STEP", {"cpu": 1})
+    assert tokens_of(model, tokenizer, requests, decoding=decoding, batch_size=4) == sampled
 
-    def refused(work, device):
+
+def test_steps_that_cannot_be_captured_or_replay_wrongly_are_run_as_they_are(recorded, tokenizer, monkeypatch):
+    model, requests = random_model(), random_requests()
+    expected, capture = one_at_a_time(model, requests), common.capture
+
+    def impossible(work, device):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    def wrong(work, device):
-        return lambda: work().flip(-1)
+    def stale(work, device):
+        result = work()
+        return lambda: result
 
-    for way, told in ((refused, "operation not permitted when stream is capturing"), (wrong, "a replay gives other logits")):
+    def too_large(work, device):
+        assert len(attempts) < 3, "is tried again"
+        attempts.append(1)
+        if len(attempts) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return capture(work, device)
+
+    ways = {
+        impossible: "operation not permitted when stream is capturing",
+        stale: "a replayed step gives other logits",
+        too_large: "out of memory",
+    }
+    for way, told in ways.items():
+        attempts, notes = [], []
+        monkeypatch.setattr(common, "ROW_STEP", {"cpu": 4})
         monkeypatch.setattr(common, "capture", way)
-        notes = []
         done = generate(model, tokenizer, requests, note=notes.append)
         assert {(c.id, c.sample): c.token_ids for c in done} == expected
-        assert notes[1:] == [f"no step is captured as a CUDA graph, which is slower: {told}"]
+        assert notes[1:] == [f"steps are not captured as CUDA graphs, which is slower: {told}"]
 
 
 def test_prompts_without_a_shared_beginning_are_answered_alike(tokenizer):
@@ -417,7 +469,8 @@ def test_every_tensor_is_made_on_the_models_device(row_step, tokenizer, monkeypa
     monkeypatch.setattr(common, "choose_tokens", chosen)
     monkeypatch.setattr(common, "free_memory", lambda device: 2**22)
     monkeypatch.setattr(common, "ROW_STEP", {"cpu": row_step})
-    monkeypatch.setattr(common.RollingBatch, "try_capture", lambda self, work: work)  # nothing to compare there
+    monkeypatch.setattr(common, "capture", lambda work, device: work)
+    monkeypatch.setattr(common, "refuse_other_logits", lambda logits, expected: None)  # they hold no numbers there
     assert len(tokens_of(model, tokenizer, requests)) == 12
     counters = torch.zeros(5, 3, dtype=torch.int64, device="meta")
     assert sample_tokens(torch.zeros(5, 99, device="meta"), counters, Decoding(True)).device.type == "meta"
