@@ -890,10 +890,7 @@ class RollingBatch:
         """Yield the rows that end, until none is left."""
         while self.open:
             try:
-                room = self.room()
-                if room:
-                    self.admit(room)
-                else:
+                if not self.admit():
                     self.step()
             except RuntimeError as error:
                 if self.slots == 1 or not is_out_of_memory(error):
@@ -926,11 +923,9 @@ class RollingBatch:
         reason = "one for each request" if self.slots == len(self.waiting) else "the most that pays"
         if fits < self.slots:
             reason = f"what fits into memory at first, and up to {self.slots} where answers turn out short"
+        memory = f"about {self.typical()} columns of {self.token_bytes / 1024:.1f} KiB a row, {free / 2**30:.1f} GiB free"
         if batch_size == "auto" or fits < self.slots:
-            self.note(
-                f"batch size {min(fits, self.slots)}: {reason} (about {self.typical()} columns of "
-                f"{self.token_bytes / 1024:.1f} KiB a row, {free / 2**30:.1f} GiB free)"
-            )
+            self.note(f"batch size {min(fits, self.slots)}: {reason} ({memory})")
 
     def own(self, row):
         """The columns that a row takes: its tokens behind the shared beginning."""
@@ -955,23 +950,18 @@ class RollingBatch:
         live = sum(len(cohort.rows) for cohort in self.cohorts)
         # Rows grow: with half as much again for the older ones few are ever sent back to wait.
         typical = self.typical()
-        taken = sum(
-            max(cohort.slots * cohort.columns, len(cohort.rows) * max(cohort.columns * 3 // 2, typical))
-            for cohort in self.cohorts
-        )
+        taken = sum(max(c.slots * c.columns, len(c.rows) * max(c.columns * 3 // 2, typical)) for c in self.cohorts)
         room = min(self.slots - live, (self.budget - taken) // typical, len(self.waiting))
-        if room < min(len(self.waiting), (live + room) // 8 + 1):
-            return 0 if live else 1
-        return room
+        return room if room >= min(len(self.waiting), (live + room) // 8 + 1) else int(not live)
 
-    def admit(self, room):
-        """Prefill the longest waiting rows of about one length as a new cohort, some at a time."""
-        self.captured_parts = self.graph = None
-        if len(self.cohorts) >= MOST_COHORTS:
+    def admit(self):
+        """Where there is room prefill the longest waiting rows of about one length as a new cohort, some at a time; else False."""
+        if len(self.cohorts) >= MOST_COHORTS and self.room():
             self.merge()
-            room = min(room, self.room())
-            if not room:
-                return
+        room = self.room()
+        if not room:
+            return False
+        self.captured_parts = self.graph = None
         width = self.own(self.waiting[-1])
         alike = sum(self.own(row) >= LIKE * width for row in self.waiting[-room:])
         rows = [self.waiting.pop() for _ in range(max(alike, min(room, FEW_ROWS)))]
@@ -985,6 +975,7 @@ class RollingBatch:
             tokens = [[*row.request.prompt_ids[self.prefix :], *row.tokens] for row in new]
             part = cohort, slice(begin, begin + len(new)), slice(len(new))
             self.extend(new, self.forward(tokens, [self.own(row) for row in new], [part]))
+        return True
 
     def step(self):
         """One more token for every live row."""
@@ -1053,10 +1044,7 @@ class RollingBatch:
         for row, token in zip(rows, choose_tokens(logits, rows, self.decoding), strict=True):
             forced = row.request.budget and row.request.budget.forced(row.tokens)
             row.tokens.append(token if forced is None else forced)
-        ended = {
-            row for row in rows
-            if row.tokens[-1] in self.stop_ids or len(row.tokens) >= row.request.max_new_tokens
-        }  # fmt: skip
+        ended = {row for row in rows if row.tokens[-1] in self.stop_ids or len(row.tokens) >= row.request.max_new_tokens}
         self.ended += [row for row in rows if row in ended]
         self.open -= ended
         self.produced += len(rows)
