@@ -152,7 +152,8 @@ def build_requests(args, mode, model, tokenizer):
 def ours(model, tokenizer, requests, stop_ids):
     if not stop_ids:  # random weights: only the limits end a row
         tokenizer, model.generation_config.eos_token_id = without_end(tokenizer), None
-    return {c.id: c.token_ids for c in common.generate(model, tokenizer, requests, note=lambda line: None)}
+    done = common.generate(model, tokenizer, requests, note=lambda line: print(line, file=sys.stderr))
+    return {completion.id: completion.token_ids for completion in done}
 
 
 def without_end(tokenizer):
