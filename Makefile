@@ -229,8 +229,8 @@ test: .venv/installed-tests
 	$(PY) -m pytest -q -rs $(PYTEST_FLAGS) tests
 
 bench: .venv/installed-tests
-	$(PY) tests/bench_generation.py
-	OMP_NUM_THREADS=1 $(PY) tests/bench_training.py
+	$(PY) bench/generation.py
+	OMP_NUM_THREADS=1 $(PY) bench/training.py
 
 # What `make demo` gave, kept for the README; a test compares the README's table with it.
 record-demo: demo

@@ -15,12 +15,9 @@ ended, and does nothing when all answers are there.
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import itertools
-import os
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,34 +26,16 @@ from common import (
     EARLY_STOP,
     FEW_SHOT_STYLES,
     MODES,
-    TOKENIZER_FILES,
     ArgumentParser,
-    Completion,
     Decoding,
-    Request,
-    RunOutput,
-    ThinkBudget,
     UserError,
     at_least,
     build_prompt,
-    choose_device,
-    choose_dtype,
     command_line,
-    describe_run,
-    encode,
-    find_model,
-    find_tokenizer,
-    first_line,
-    generate,
     has_thinking_switch,
-    hash_questions,
     is_main,
-    load_model,
-    load_questions,
-    load_tokenizer,
     log,
     part_from_all,
-    positions,
     printable,
     processes,
     rank,
@@ -64,6 +43,8 @@ from common import (
     thinking_is_open,
     write_atomically,
 )
+from data import hash_questions, load_questions
+from runs import RunOutput, describe_run
 
 # Qwen3's model card, "Best Practices": sampling for thinking and for non-thinking prompts.
 THINKING_SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
@@ -71,11 +52,15 @@ PLAIN_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
 MAX_NEW_TOKENS = {"zero_shot": 512, "cot": 512, "few_shot": 512, "thinking": 4096, "chatml_think_prefill": 4096}
 SAMPLED_MODES = ("thinking",)
 THINKING_MODES = ("thinking", "chatml_think_prefill")
-ANSWER_TOKENS = 512  # what --think-budget leaves for the early stop and the answer: the limit of modes without a thought
+ANSWER_TOKENS = (
+    512  # what --think-budget leaves for the early stop and the answer: the limit of modes without a thought
+)
 
 
 @command_line
 def main(argv=None):
+    from model import choose_device, choose_dtype, find_model, find_tokenizer, load_model, load_tokenizer
+
     args = parse_args(argv)
     files = find_tokenizer(args.tokenizer or args.model_id) if args.server else find_model(args.model_id)
     questions = load_questions(args.dataset, args.split)
@@ -94,7 +79,9 @@ def main(argv=None):
             missing = list_missing(run, prompts, output)
             if missing or output.part_size():  # the latter: stopped between the last answer and the end
                 done = len(prompts) * run.num_samples - len(missing)
-                log(f"{run.output}: {done} answers are there, {len(missing)} to go" if done else f"writing {run.output}")
+                log(
+                    f"{run.output}: {done} answers are there, {len(missing)} to go" if done else f"writing {run.output}"
+                )
                 model = model or (None if args.server else load_model(files, dtype, device))
                 requests = build_requests(run, prompts, own_share(missing, run.num_samples), tokenizer, model)
                 answer(run, model, tokenizer, requests, made, questions, prompts, output)
@@ -109,31 +96,62 @@ def main(argv=None):
 def parse_args(argv):
     parser = ArgumentParser("inference.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model-id", default="Qwen/Qwen3-0.6B", help="hub id or folder of a model or LoRA adapter (default %(default)s)")
-    add("--dataset", default="openai/gsm8k", help="hub id, or folder with train.jsonl and test.jsonl (default %(default)s)")
+    add(
+        "--model-id",
+        default="Qwen/Qwen3-0.6B",
+        help="hub id or folder of a model or LoRA adapter (default %(default)s)",
+    )
+    add(
+        "--dataset",
+        default="openai/gsm8k",
+        help="hub id, or folder with train.jsonl and test.jsonl (default %(default)s)",
+    )
     add("--split", default="test", help="split to answer (default %(default)s)")
     add("--limit", type=at_least(1), help="answer the first LIMIT questions (default all)")
     add("--mode", choices=MODES, default="cot", help="prompting mode (default %(default)s)")
     add("--few-shot-k", type=at_least(1), help="worked examples of few_shot: the first of the train split (default 3)")
-    add("--few-shot-style", choices=FEW_SHOT_STYLES, help="examples inside one prompt or as chat turns (default prompt)")
+    add(
+        "--few-shot-style", choices=FEW_SHOT_STYLES, help="examples inside one prompt or as chat turns (default prompt)"
+    )
     add("--system-prompt", help="replaces the mode's instruction; '' leaves the system message out")
-    add("--batch-size", type=batch_size, default="auto", help="most rows at once; auto sizes it from free memory (default)")
-    add("--max-new-tokens", type=at_least(1), help="most new tokens an answer (default 512; thinking modes 4096; with --think-budget N, N + 512)")
+    add(
+        "--batch-size",
+        type=batch_size,
+        default="auto",
+        help="most rows at once; auto sizes it from free memory (default)",
+    )
+    add(
+        "--max-new-tokens",
+        type=at_least(1),
+        help="most new tokens an answer (default 512; thinking modes 4096; with --think-budget N, N + 512)",
+    )
     add("--think-budget", type=at_least(1), nargs="+", metavar="N",
         help="close a thought that is still open after N new tokens; several budgets write a file each, NAME-budget-N.jsonl, "
         "and cost little more than the largest (default no budget)")  # fmt: skip
-    add("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or be greedy (default: only thinking samples)")
+    add(
+        "--do-sample",
+        action=argparse.BooleanOptionalAction,
+        help="sample, or be greedy (default: only thinking samples)",
+    )
     add("--temperature", type=float, help="of sampling (default 0.6 for thinking modes, else 0.7: Qwen3's model card)")
     add("--top-p", type=float, help="of sampling (default 0.95 for thinking modes, else 0.8: Qwen3's model card)")
     add("--top-k", type=int, help="of sampling (default 20: Qwen3's model card)")
     add("--seed", type=at_least(0), default=42, help="of sampling (default %(default)s)")
-    add("--num-samples", type=at_least(1, 10_000), default=1, help="answers a question, when sampling (default %(default)s)")
+    add(
+        "--num-samples",
+        type=at_least(1, 10_000),
+        default=1,
+        help="answers a question, when sampling (default %(default)s)",
+    )
     add("--dtype", choices=DTYPES, help="precision of weights and compute (default bf16 on CUDA, else fp32)")
     add("--device", help="torch device, such as cuda:1 (default cuda where there is one, else cpu)")
     add("--server", type=server_url, metavar="URL",
         help="ask a server with the OpenAI completions API (vLLM, SGLang, transformers serve) instead of loading the model; "
         "--model-id is its name there; a key comes from OPENAI_API_KEY")  # fmt: skip
-    add("--tokenizer", help="with --server: hub id or folder whose chat template renders the prompts (default --model-id)")
+    add(
+        "--tokenizer",
+        help="with --server: hub id or folder whose chat template renders the prompts (default --model-id)",
+    )
     add("--concurrency", type=at_least(1, 4096), help="with --server: requests at once (default 32)")
     add("--output", type=Path, help="JSONL to write (default outputs/MODE_model_outputs.jsonl)")
     add("--overwrite", nargs="?", const="always", choices=("always", "changed"),
@@ -163,9 +181,13 @@ def fill_defaults(args):
     """Defaults that depend on the mode, and refusal of flags that contradict it or each other."""
     local = {"--dtype": args.dtype, "--device": args.device, "--think-budget": args.think_budget}
     local["--batch-size"] = None if args.batch_size == "auto" else args.batch_size
-    for flag, value in (local if args.server else {"--tokenizer": args.tokenizer, "--concurrency": args.concurrency}).items():
+    for flag, value in (
+        local if args.server else {"--tokenizer": args.tokenizer, "--concurrency": args.concurrency}
+    ).items():
         if value is not None:
-            raise UserError(f"{flag}: goes {'with a model that is loaded here, not ' if args.server else ''}with --server")
+            raise UserError(
+                f"{flag}: goes {'with a model that is loaded here, not ' if args.server else ''}with --server"
+            )
     args.concurrency = args.concurrency or 32
     if args.mode != "few_shot":
         for flag, value in (("--few-shot-k", args.few_shot_k), ("--few-shot-style", args.few_shot_style)):
@@ -216,6 +238,7 @@ def split_budgets(args):
 
 def load_examples(args, questions):
     """The train questions that few_shot shows, one more than asked in case one is the question itself."""
+
     if args.mode != "few_shot":
         return []
     train = questions if args.split == "train" else load_questions(args.dataset, "train")
@@ -232,7 +255,9 @@ def build_prompts(args, questions, examples, tokenizer):
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     marked = [item.id for item in questions[: args.limit] if any(token in item.question for token in special)]
     if marked:
-        log(f"note: {len(marked)} questions hold special tokens, which the model reads as markup; first question {marked[0]}")
+        log(
+            f"note: {len(marked)} questions hold special tokens, which the model reads as markup; first question {marked[0]}"
+        )
     prompts = []
     for question in questions[: args.limit]:
         others = [item for item in examples if not (args.split == "train" and item.id == question.id)]
@@ -252,6 +277,9 @@ def print_prompts(prompts, tokenizer):
 
 def run_record(args, files, tokenizer, questions, prompts, device, dtype):
     """What decides the output and what describes this run, for NAME.run.json."""
+
+    from model import TOKENIZER_FILES
+
     sampling = args.decoding if args.do_sample else None
     few_shot = args.mode == "few_shot"
     switch = None if args.mode == "chatml_think_prefill" else has_thinking_switch(tokenizer)
@@ -305,6 +333,10 @@ def own_share(missing, num_samples):
 
 def build_requests(args, prompts, missing, tokenizer, model):
     """One request for each missing (id, sample); its limit is what the model's positions leave."""
+
+    from generation import Request
+    from model import encode, positions
+
     ids = encode(tokenizer, prompts)
     if args.server:  # it knows its positions itself
         return [Request(i, sample, ids[i], args.max_new_tokens) for i, sample in missing]
@@ -312,7 +344,9 @@ def build_requests(args, prompts, missing, tokenizer, model):
     limits = [min(args.max_new_tokens, most - len(prompt)) for prompt in ids]
     for i, limit in enumerate(limits):
         if limit < 1:
-            raise UserError(f"question {i}: its prompt of {len(ids[i])} tokens does not fit the model's {most} positions")
+            raise UserError(
+                f"question {i}: its prompt of {len(ids[i])} tokens does not fit the model's {most} positions"
+            )
     largest, vocabulary = max(map(max, ids)), model.get_input_embeddings().weight.shape[0]
     if largest >= vocabulary:
         raise UserError(
@@ -332,11 +366,16 @@ def think_budgets(args, prompts, limits, tokenizer):
     Where the model's positions cut the limit of an answer, its thought gives way, so that the room to
     answer is the same for all.
     """
+
+    from generation import ThinkBudget
+
     if not args.think_budget:
         return [None] * len(prompts)
     tags = [tokenizer.get_vocab().get(tag) for tag in ("<think>", "</think>")]
     if None in tags:
-        raise UserError(f"--think-budget: the tokenizer of {args.model_id} has no token </think>, which closes a thought")
+        raise UserError(
+            f"--think-budget: the tokenizer of {args.model_id} has no token </think>, which closes a thought"
+        )
     early_stop = tokenizer(EARLY_STOP, add_special_tokens=False)["input_ids"]
     budgets = []
     for i, prompt in enumerate(prompts):
@@ -371,7 +410,11 @@ def build_on(made, requests):
 
 def answer(args, model, tokenizer, requests, made, questions, prompts, output):
     """Generate and append each answer as it ends. A stop keeps them. `made`: see build_on."""
+
     from tqdm import tqdm
+
+    from generation import generate
+    from server import ask_server
 
     settled, left = build_on(made, requests)
 
@@ -412,101 +455,10 @@ def finish(args, prompts, output):
         output.gather()
         missing = list_missing(args, prompts, output)
         if missing:
-            raise UserError(f"{args.output}: another process has stopped, {len(missing)} answers are missing; start it again")
-    output.finish()
-
-
-# ------------------------------------------------------------------------------------------
-# A server in place of a model
-# ------------------------------------------------------------------------------------------
-
-SERVER_TIMEOUT = 600  # seconds, of one try
-SERVER_RETRIES = 8  # of one request, waiting twice as long after each, at most 8 seconds
-
-
-def ask_server(args, requests, prompts):
-    """Yield a Completion for each request as the server gives it, --concurrency of them at once.
-
-    The client asks again after 429, 5xx, timeouts and dropped connections. Where it gives up, the answers
-    that are still on their way are yielded before the UserError.
-    """
-    try:
-        import openai
-    except ImportError as error:
-        raise UserError("--server: wants the package openai: pip install openai") from error
-    client = openai.OpenAI(
-        base_url=args.server,
-        api_key=os.environ.get("OPENAI_API_KEY") or "none",  # servers of one's own want no key, the client wants one
-        max_retries=SERVER_RETRIES,
-        timeout=SERVER_TIMEOUT,
-    )
-    pool, waiting, asked, failure = ThreadPoolExecutor(args.concurrency), iter(requests), set(), None
-    try:
-        while True:
-            if not failure:
-                for request in itertools.islice(waiting, 2 * args.concurrency - len(asked)):
-                    asked.add(pool.submit(ask_once, client, args, request, prompts[request.id]))
-            if not asked:
-                break
-            done, asked = wait(asked, return_when=FIRST_COMPLETED)
-            for future in done:
-                if future.exception() is None:
-                    yield future.result()
-                elif not failure:
-                    failure = future.exception()
-                    asked = {other for other in asked if not other.cancel()}
-        if failure:
-            raise failure
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        client.close()
-
-
-def ask_once(client, args, request, prompt):
-    """One completion. A reply that is not whole is asked for again."""
-    import openai
-
-    sampling = {"temperature": 0}
-    if args.do_sample:
-        sampling = {"temperature": args.decoding.temperature, "top_p": args.decoding.top_p}
-        sampling["seed"] = request_seed(args.seed, request)
-        if args.decoding.top_k:  # no part of the API, yet most servers know it; with 0 it is left to them
-            sampling["extra_body"] = {"top_k": args.decoding.top_k}
-    for attempt in range(SERVER_RETRIES + 1):
-        try:
-            reply = client.completions.create(
-                model=args.model_id, prompt=prompt, max_tokens=request.max_new_tokens, **sampling
+            raise UserError(
+                f"{args.output}: another process has stopped, {len(missing)} answers are missing; start it again"
             )
-        except openai.APIError as error:
-            told = f"answers {error.status_code}" if isinstance(error, openai.APIStatusError) else "gives no answer"
-            raise UserError(f"--server {args.server}: {told} to question {request.id}: {first_line(error)}") from error
-        except ValueError:  # not JSON
-            reply = None
-        if is_whole(reply):
-            choice = reply.choices[0]
-            counts = reply.usage.prompt_tokens, reply.usage.completion_tokens
-            return Completion(request.id, request.sample, [], choice.text, choice.finish_reason, *counts)
-        time.sleep(min(8, 0.5 * 2**attempt))
-    raise UserError(
-        f"--server {args.server}: its replies to question {request.id} lack text, finish_reason or usage; "
-        "it wants the OpenAI completions API"
-    )
-
-
-def is_whole(reply):
-    try:
-        choice, usage = reply.choices[0], reply.usage
-        counts = usage.prompt_tokens, usage.completion_tokens
-    except (AttributeError, IndexError, TypeError):
-        return False
-    shaped = isinstance(choice.text, str) and all(isinstance(count, int) for count in counts)
-    return shaped and choice.finish_reason in ("stop", "length")
-
-
-def request_seed(seed, request):
-    """31 bits of the SHA-256 of (seed, question id, sample): the server's draws differ by sample and repeat by run."""
-    digest = hashlib.sha256(f"{seed} {request.id} {request.sample}".encode()).digest()
-    return int.from_bytes(digest[:4]) >> 1
+    output.finish()
 
 
 def answer_row(args, done, question, prompt):

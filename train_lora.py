@@ -12,7 +12,7 @@ The output is the adapter, which inference.py takes beside its base; --merge wri
 
 import sys
 
-from common import UserError, at_least, command_line, load_model
+from common import UserError, at_least, command_line
 from train import above_0, build_parser, fine_tune, from_0
 
 
@@ -22,10 +22,17 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = build_parser("train_lora.py", __doc__, learning_rate=2e-4, rate_source="QLoRA's; LoRA wants some ten times the full rate")
+    parser = build_parser(
+        "train_lora.py", __doc__, learning_rate=2e-4, rate_source="QLoRA's; LoRA wants some ten times the full rate"
+    )
     add = parser.add_argument
     regret = "Thinking Machines, LoRA Without Regret"
-    add("--rank", type=at_least(1, 1024), default=32, help="of the adapters, at most 1024 (default %(default)s: the larger of the two published)")
+    add(
+        "--rank",
+        type=at_least(1, 1024),
+        default=32,
+        help="of the adapters, at most 1024 (default %(default)s: the larger of the two published)",
+    )
     add("--alpha", type=above_0, default=32, help=f"their scale is alpha/rank (default 32 whatever the rank: {regret})")
     add("--dropout", type=from_0, default=0.0, help="of the adapters' input (default 0: peft's)")
     add("--target-modules", default="all-linear",
@@ -39,8 +46,11 @@ def parse_args(argv):
 
 def load_with_adapter(args, files, device):
     """The base, frozen, in the precision that computes, and adapters in fp32."""
+
     import torch
     from peft import LoraConfig, get_peft_model
+
+    from model import load_model
 
     if files.base:
         raise UserError(f"--model-id {args.model_id}: is an adapter itself; pass its base, or merge it first")

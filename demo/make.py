@@ -36,20 +36,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from benchmark import wilson
 from common import (
     FEW_SHOT_STYLES,
     INSTRUCTIONS,
     MODES,
-    Request,
     build_prompt,
-    generate,
     score_final,
     strip_annotations,
     thinking_is_open,
     write_atomically,
 )
 from demo.templates import TEMPLATES, draw_problem
+from generation import Request, generate
+from scores import wilson
 
 DEMO = Path(__file__).parent
 FINISHED = DEMO.parent / "outputs" / "demo-finished"
@@ -108,8 +107,7 @@ def write_problems(problems):
 def problem_lines(problems):
     """A problem file: `question` and `answer` as in GSM8K, then what they were made from."""
     return "".join(
-        json.dumps({"question": p.question, "answer": p.answer, "template": p.template, "numbers": p.numbers})
-        + "\n"
+        json.dumps({"question": p.question, "answer": p.answer, "template": p.template, "numbers": p.numbers}) + "\n"
         for p in problems
     )
 
@@ -255,9 +253,7 @@ def make_tokenizer(problems):
     # The added tokens are cut out of the text, as they are once they exist.
     marks = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS + THINK_TOKENS))
     tokenizer.train_from_iterator([part for text in texts for part in marks.split(text)], trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -333,9 +329,7 @@ def draw_batches(shots, tokenizer):
 
 def encode_row(pieces, tokenizer):
     """[(token id, whether the model learns to write it)]; pieces are tokenized apart, as inference does."""
-    return [
-        (token, learn) for text, learn in pieces for token in tokenizer.encode(text, add_special_tokens=False)
-    ]
+    return [(token, learn) for text, learn in pieces for token in tokenizer.encode(text, add_special_tokens=False)]
 
 
 def train(model, batches):
@@ -343,9 +337,7 @@ def train(model, batches):
 
     That one is a running average: at a constant learning rate single steps are too noisy to stop at.
     """
-    matrices = [
-        weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name
-    ]
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
     optimizers = [
         torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0),
@@ -410,9 +402,7 @@ def score_checkpoints(checkpoints, tokenizer, problems):
     """{(checkpoint, split, mode, style): Score}, each printed as it comes."""
     shots = [(shot.question, shot.answer) for shot in problems["train"][:3]]
     scores = {}
-    for (name, model), split, (mode, style) in itertools.product(
-        checkpoints.items(), ("validation", "test"), ROWS
-    ):
+    for (name, model), split, (mode, style) in itertools.product(checkpoints.items(), ("validation", "test"), ROWS):
         score = score_mode(model, tokenizer, problems[split], mode, style, shots)
         scores[name, split, mode, style] = score
         print(f"{name:8} {split:10} {mode:20} {style:6} {accuracy(score)}", flush=True)
@@ -424,9 +414,7 @@ def score_mode(model, tokenizer, problems, mode, style, shots):
     examples = shots if mode == "few_shot" else ()
     prompts = [build_prompt(mode, problem.question, tokenizer, examples, style) for problem in problems]
     requests = [Request(i, 0, tokenizer.encode(prompt), MOST_TOKENS) for i, prompt in enumerate(prompts)]
-    answers = sorted(
-        generate(model, tokenizer, requests, note=lambda line: None), key=lambda answer: answer.id
-    )
+    answers = sorted(generate(model, tokenizer, requests, note=lambda line: None), key=lambda answer: answer.id)
     outcomes = [
         score_final(answer.text, problem.answer, thinking_is_open(prompt))
         for answer, problem, prompt in zip(answers, problems, prompts, strict=True)

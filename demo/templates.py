@@ -84,10 +84,7 @@ TEMPLATES = (
         {"had": range(5, 150), "more": range(5, 100)},
         (
             "{A} has {had} {item}s. {B} gives {him} {more} more. How many {item}s does {A} have now?",
-            (
-                "{B} gives {A} {more} {item}s. {A} already had {had} {item}s. How many {item}s does {A} have "
-                "in all?"
-            ),
+            ("{B} gives {A} {more} {item}s. {A} already had {had} {item}s. How many {item}s does {A} have in all?"),
             (
                 "There are {had} {item}s in {A}'s collection. If {he} gets {more} more {item}s for {his} "
                 "birthday, how many {item}s will {he} have?"
@@ -115,10 +112,7 @@ TEMPLATES = (
         {"boxes": range(2, 13), "each": range(3, 26)},
         (
             "There are {boxes} boxes with {each} {item}s in each box. How many {item}s are there?",
-            (
-                "{A} packs {each} {item}s into every box. {He} fills {boxes} boxes. How many {item}s does "
-                "{he} pack?"
-            ),
+            ("{A} packs {each} {item}s into every box. {He} fills {boxes} boxes. How many {item}s does {he} pack?"),
             "A box holds {each} {item}s. How many {item}s do {boxes} boxes hold?",
         ),
         ("The boxes hold [total = boxes * each] {item}s.",),
@@ -128,10 +122,7 @@ TEMPLATES = (
         "share",
         {"total": range(6, 241), "friends": range(2, 13)},
         (
-            (
-                "{A} shares {total} {item}s equally among {friends} friends. How many {item}s does each "
-                "friend get?"
-            ),
+            ("{A} shares {total} {item}s equally among {friends} friends. How many {item}s does each friend get?"),
             "{friends} friends split {total} {item}s evenly. How many {item}s does each of them get?",
             (
                 "{A} puts {total} {item}s into {friends} bags so that all the bags hold the same number. How "
@@ -145,18 +136,9 @@ TEMPLATES = (
         "compare",
         {"more": range(20, 200), "fewer": range(10, 150)},
         (
-            (
-                "{A} read {more} pages this week and {B} read {fewer} pages. How many more pages did {A} "
-                "read than {B}?"
-            ),
-            (
-                "{B} walked {fewer} blocks in a month. {A} walked {more} blocks. How many fewer blocks did "
-                "{B} walk?"
-            ),
-            (
-                "{A} scored {more} points in a game and {B} scored {fewer} points. By how many points did "
-                "{A} win?"
-            ),
+            ("{A} read {more} pages this week and {B} read {fewer} pages. How many more pages did {A} read than {B}?"),
+            ("{B} walked {fewer} blocks in a month. {A} walked {more} blocks. How many fewer blocks did {B} walk?"),
+            ("{A} scored {more} points in a game and {B} scored {fewer} points. By how many points did {A} win?"),
         ),
         ("The difference is [difference = more - fewer].",),
     ),
@@ -254,10 +236,7 @@ TEMPLATES = (
         "twice_total",
         {"first": range(5, 99)},
         (
-            (
-                "{A} picked {first} {item}s and {B} picked twice as many. How many {item}s did they pick "
-                "altogether?"
-            ),
+            ("{A} picked {first} {item}s and {B} picked twice as many. How many {item}s did they pick altogether?"),
             (
                 "{B} collected twice as many {item}s as {A}, who collected {first}. How many {item}s do they "
                 "have together?"
@@ -317,10 +296,7 @@ TEMPLATES = (
         "daily_saving",
         {"earned": range(12, 70), "spent": range(4, 50), "days": range(3, 13)},
         (
-            (
-                "{A} earns ${earned} a day and spends ${spent} a day. How many dollars does {he} save in "
-                "{days} days?"
-            ),
+            ("{A} earns ${earned} a day and spends ${spent} a day. How many dollars does {he} save in {days} days?"),
             (
                 "Every day {A} makes ${earned} as a {job} and spends ${spent} on food. How much money will "
                 "{he} have saved after {days} days?"
@@ -400,10 +376,7 @@ TEMPLATES = (
         "times_as_old",
         {"age": range(3, 16), "times": range(2, 7), "years": range(2, 30)},
         (
-            (
-                "{A} is {age} years old. {B} is {times} times as old as {A}. How old will {B} be in {years} "
-                "years?"
-            ),
+            ("{A} is {age} years old. {B} is {times} times as old as {A}. How old will {B} be in {years} years?"),
             (
                 "{B}'s age is {times} times {A}'s age. {A} is {age} years old. What will {B}'s age be "
                 "{years} years from now?"
@@ -460,10 +433,7 @@ TEMPLATES = (
         {"hours": range(2, 5), "minutes": range(2, 60)},
         (
             "A {show} lasts {hours} hours and {minutes} minutes. How many minutes is that?",
-            (
-                "{A} spent {hours} hours and {minutes} minutes at a {show}. How many minutes did {he} spend "
-                "there?"
-            ),
+            ("{A} spent {hours} hours and {minutes} minutes at a {show}. How many minutes did {he} spend there?"),
             "How many minutes long is a {show} that takes {hours} hours and {minutes} minutes?",
         ),
         ("The hours are [full = hours * 60] minutes.", "In all that is [total = full + minutes] minutes."),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import benchmark
 import common
 import inference
+from data import load_question_file
 
 MODEL, PROBLEMS = ROOT / "demo/model", ROOT / "demo/problems"
 WEIGHTS = MODEL / "model.safetensors"
@@ -315,7 +316,7 @@ def test_any_bytes_give_questions_of_text_or_an_error_that_names_file_and_line(t
     path = tmp_path / "any.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
-        questions = common.load_question_file(path)
+        questions = load_question_file(path)
     except common.UserError as error:
         assert re.match(rf"{re.escape(str(path))}:(\d+: | holds no questions)", str(error))
     else:

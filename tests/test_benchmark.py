@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import benchmark
 import common
+import scores
 
 
 def line(id=0, text="#### 18", gold="#### 18", **more):
@@ -108,9 +109,9 @@ def test_one_sample_a_question_has_wilsons_interval(write, score):
 def test_no_share_lies_outside_its_interval():
     for n in range(1, 60):
         for right in {0, 1, n // 2, n}:
-            run = benchmark.Run((Path("a.jsonl"),), "a", n, Counter(lines=n, right=right), 0, False, None)
-            low, high = benchmark.accuracy_interval(run, "right")
-            assert 0 <= low <= benchmark.percent(right, n) <= high <= 100, (right, n)
+            run = scores.Run((Path("a.jsonl"),), "a", n, Counter(lines=n, right=right), 0, False, None)
+            low, high = scores.accuracy_interval(run, "right")
+            assert 0 <= low <= scores.percent(right, n) <= high <= 100, (right, n)
 
 
 def test_several_samples_have_an_interval_clustered_by_question(write, score):
@@ -279,10 +280,10 @@ def test_votes_and_comparisons_keep_little_of_a_line(write, samples):
     files = [write(rows, name) for name in ("a.jsonl", "b.jsonl")]
     options = benchmark.parse([*files, "--compare"])
     tracemalloc.start()
-    runs = [benchmark.score_run(path, options) for path in options.files]
-    benchmark.compare_runs(runs)
+    runs = [scores.score_run(path, options) for path in options.files]
+    scores.compare_runs(runs)
     if samples > 1:
-        benchmark.count_votes(runs[0])
+        scores.count_votes(runs[0])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak / (2 * len(rows)) < 150  # bytes a line
@@ -340,7 +341,7 @@ def test_files_of_other_questions_are_not_compared(write, refuse):
 @pytest.fixture
 def published_row(write, tmp_path, score):
     """Score a file that bears a published name, beside a run record with these changes."""
-    known = json.loads(benchmark.PUBLISHED_FILE.read_text())
+    known = json.loads(scores.PUBLISHED_FILE.read_text())
 
     def published_row(right, segment=(), **changes):
         name = "cot_model_outputs"
@@ -371,9 +372,9 @@ def test_another_protocol_is_named_and_gets_no_verdict(published_row):
 
 
 def test_the_published_figures_are_those_of_the_gsm8k_test_split(shared):
-    from common import hash_questions, load_questions
+    from data import hash_questions, load_questions
 
-    known = json.loads(benchmark.PUBLISHED_FILE.read_text())
+    known = json.loads(scores.PUBLISHED_FILE.read_text())
     assert known["dataset_sha256"] == hash_questions(load_questions(str(shared / "gsm8k"), "test"))
 
 
@@ -440,9 +441,9 @@ def test_test_answers_are_never_kept_to_train_on(train_run, write, tmp_path):
     keep = ["--keep-correct", str(tmp_path / "right.jsonl"), "--json"]
 
     def refused(path):
-        with pytest.raises(benchmark.UserError) as error:
+        with pytest.raises(common.UserError) as error:
             options = benchmark.parse([path, *keep])
-            benchmark.keep_correct([benchmark.score_run(options.files[0], options)], options)
+            benchmark.keep_correct([scores.score_run(options.files[0], options)], options)
         return str(error.value)
 
     assert "holds questions of the test split" in refused(train_run([line(1), line(3)]))
@@ -472,7 +473,8 @@ def test_a_flag_that_cannot_be_kept_is_refused_before_scoring(refuse, flags):
 
 def seed_files(write, *texts):
     return [
-        write([line(i, text) for i, text in enumerate(seed)], f"sft-seed{number}.jsonl") for number, seed in enumerate(texts, 1)
+        write([line(i, text) for i, text in enumerate(seed)], f"sft-seed{number}.jsonl")
+        for number, seed in enumerate(texts, 1)
     ]
 
 
@@ -480,7 +482,9 @@ def test_seeds_are_pooled_as_samples_of_their_questions(write, score, capsys):
     files = seed_files(write, ["#### 18", "#### 1"], ["#### 18", "#### 18"], ["#### 2", "#### 18"])
     base = write([line(0, "#### 18"), line(1, "#### 1")], "base.jsonl")
     pooled, other = score(*files, base, "--pool-seeds", "--compare")
-    as_samples = [line(i, text, sample=sample) for sample, pair in enumerate(["AB", "AA", "BA"]) for i, text in enumerate(pair)]
+    as_samples = [
+        line(i, text, sample=sample) for sample, pair in enumerate(["AB", "AA", "BA"]) for i, text in enumerate(pair)
+    ]
     as_samples = [row | {"model_output": {"A": "#### 18", "B": "#### 1"}[row["model_output"]]} for row in as_samples]
     (same,) = score(write(as_samples, "same.jsonl"))
     assert (pooled["n"], pooled["questions"], pooled["paths"]) == (6, 2, files)
@@ -509,7 +513,9 @@ def test_the_picture_draws_accuracy_against_thinking_budget(write, tmp_path, mon
     from matplotlib.axes import Axes
 
     drawn, errorbar = [], Axes.errorbar
-    monkeypatch.setattr(Axes, "errorbar", lambda axis, x, *more, **kw: drawn.append(x) or errorbar(axis, x, *more, **kw))
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda axis, x, *more, **kw: drawn.append(x) or errorbar(axis, x, *more, **kw)
+    )
     files = []
     for mode, budget in (("a", 64), ("a", 256), ("b", 64), ("a", 128)):
         name = f"{mode}-{budget}"

@@ -65,9 +65,7 @@ def test_every_annotation_and_answer_is_right(splits):
         results = []
         for step in steps:
             # GSM8K's form: the sum, then the annotation, then its result
-            written, expression, result, shown = re.search(
-                r"([\d+*/-]+)=\$?<<([^=<>]+)=(\d+)>>(\d+)", step
-            ).groups()
+            written, expression, result, shown = re.search(r"([\d+*/-]+)=\$?<<([^=<>]+)=(\d+)>>(\d+)", step).groups()
             assert written == expression and result == shown and compute(expression) == int(result), step
             # every number of a sum stands in the question, came out before, or is common knowledge
             known = re.findall(r"\d+", problem.question) + results + ["2", "60", "100"]
@@ -120,9 +118,7 @@ def test_tokens_are_those_of_qwen3(tokenizer):
 
 
 def test_chat_template_thinks_unless_told_not_to(tokenizer):
-    messages = build_messages(
-        "few_shot", "What is 1+1?", [("What is 2+2?", "2+2=<<2+2=4>>4\n#### 4")], "turns"
-    )
+    messages = build_messages("few_shot", "What is 1+1?", [("What is 2+2?", "2+2=<<2+2=4>>4\n#### 4")], "turns")
     turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
     def render(**options):

@@ -12,8 +12,10 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import common
-from common import Decoding, Request, UserError, counter_hash, generate, sample_tokens
+import data
+import generation
+from common import MODES, Decoding, UserError, build_prompt
+from generation import Request, counter_hash, generate, sample_tokens
 
 VOCABULARY = 211  # below the demo tokenizer's end tokens, so that random models run to their limit
 SHAPE = {
@@ -97,7 +99,7 @@ def test_greedy_does_not_depend_on_batch_size_order_or_refill(architecture, chan
     }
 
 
-class Counted(common.RollingBatch):
+class Counted(generation.RollingBatch):
     """Counts what happens to cohorts and how many rows are sent back to wait."""
 
     merged = packed = sent_back = 0
@@ -126,12 +128,18 @@ def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(captured,
     requests = [dataclasses.replace(r, max_new_tokens=10 + 19 * r.id % 120) for r in random_requests(40, beginning=9)]
     alone = one_at_a_time(model, requests)
     assert min(len(set(tokens)) for tokens in alone.values() if len(tokens) > 40) >= 20
-    for name, value in (("RollingBatch", Counted), ("SPARE_COLUMNS", 3), ("MOST_COHORTS", 3), ("FEW_ROWS", 1), ("LIKE", 0.9)):
-        monkeypatch.setattr(common, name, value)
+    for name, value in (
+        ("RollingBatch", Counted),
+        ("SPARE_COLUMNS", 3),
+        ("MOST_COHORTS", 3),
+        ("FEW_ROWS", 1),
+        ("LIKE", 0.9),
+    ):
+        monkeypatch.setattr(generation, name, value)
     assert tokens_of(model, tokenizer, requests, batch_size=12) == alone
     assert Counted.merged > 3 and Counted.packed > 10 and not Counted.sent_back
     columns = 12 * 100
-    monkeypatch.setattr(common, "free_memory", lambda device: columns * 2 * SHAPE["head_dim"] * 2 * 3 * 8 / 0.5)
+    monkeypatch.setattr(generation, "free_memory", lambda device: columns * 2 * SHAPE["head_dim"] * 2 * 3 * 8 / 0.5)
     notes = []
     done = generate(model, tokenizer, requests, batch_size=30, note=notes.append)
     assert {(c.id, c.sample): c.token_ids for c in done} == alone
@@ -139,7 +147,7 @@ def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(captured,
     monkeypatch.setattr(Counted, "typical", lambda self: self.own(self.waiting[-1]))  # admits more than can stay
     assert tokens_of(model, tokenizer, requests) == alone
     assert Counted.sent_back > 3
-    assert not captured or common.ROW_STEP["cpu"] == 4 and Recorded.replays > Recorded.graphs > 10
+    assert not captured or generation.ROW_STEP["cpu"] == 4 and Recorded.replays > Recorded.graphs > 10
 
 
 class Recorded(TorchDispatchMode):
@@ -196,7 +204,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setattr(common, "ROW_STEP", {"cpu": 4})
+    monkeypatch.setattr(generation, "ROW_STEP", {"cpu": 4})
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph)
     for name in ("device", "stream", "current_stream"):
@@ -223,13 +231,13 @@ def test_captured_steps_sample_the_same_tokens(recorded, tokenizer, monkeypatch)
     model, requests, decoding = random_model(), random_requests(), Decoding(True, 0.8, 0.9, 20, seed=3)
     sampled = tokens_of(model, tokenizer, requests, decoding=decoding, batch_size=9)
     assert recorded.replays > 100
-    monkeypatch.setattr(common, "ROW_STEP", {"cpu": 1})
+    monkeypatch.setattr(generation, "ROW_STEP", {"cpu": 1})
     assert tokens_of(model, tokenizer, requests, decoding=decoding, batch_size=4) == sampled
 
 
 def test_steps_that_cannot_be_captured_or_replay_wrongly_are_run_as_they_are(recorded, tokenizer, monkeypatch):
     model, requests = random_model(), random_requests()
-    expected, capture = one_at_a_time(model, requests), common.capture
+    expected, capture = one_at_a_time(model, requests), generation.capture
 
     def impossible(work, device):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -252,8 +260,8 @@ def test_steps_that_cannot_be_captured_or_replay_wrongly_are_run_as_they_are(rec
     }
     for way, told in ways.items():
         attempts, notes = [], []
-        monkeypatch.setattr(common, "ROW_STEP", {"cpu": 4})
-        monkeypatch.setattr(common, "capture", way)
+        monkeypatch.setattr(generation, "ROW_STEP", {"cpu": 4})
+        monkeypatch.setattr(generation, "capture", way)
         done = generate(model, tokenizer, requests, note=notes.append)
         assert {(c.id, c.sample): c.token_ids for c in done} == expected
         assert notes[1:] == [f"steps are not captured as CUDA graphs, which is slower: {told}"]
@@ -266,9 +274,11 @@ def test_prompts_without_a_shared_beginning_are_answered_alike(tokenizer):
 
 @pytest.mark.parametrize("all_alike", [True, False])
 def test_answers_of_one_token_end_as_they_are_read(all_alike, tokenizer, monkeypatch):
-    monkeypatch.setattr(common, "PREFILL_TOKENS", {"cpu": 100})
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", {"cpu": 100})
     model = random_model()
-    requests = [dataclasses.replace(r, max_new_tokens=1 + (r.id % 9 == 5) * (not all_alike)) for r in random_requests(60)]
+    requests = [
+        dataclasses.replace(r, max_new_tokens=1 + (r.id % 9 == 5) * (not all_alike)) for r in random_requests(60)
+    ]
     assert tokens_of(model, tokenizer, requests) == one_at_a_time(model, requests)
 
 
@@ -285,19 +295,19 @@ def test_a_wrong_position_id_is_noticed(tokenizer, monkeypatch):
     assert all(wrong[key] != right[key] for key in right)
 
 
-@pytest.mark.parametrize("mode", common.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_the_demo_model_answers_alike_in_any_batch(mode, tokenizer):
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=torch.float32)
     requests = demo_requests(mode, tokenizer, 24)
-    alone = one_at_a_time(model, requests, sorted(common.stop_token_ids(model, tokenizer)))
+    alone = one_at_a_time(model, requests, sorted(generation.stop_token_ids(model, tokenizer)))
     assert tokens_of(model, tokenizer, requests, batch_size=7) == alone
     assert tokens_of(model, tokenizer, requests) == alone
 
 
 def demo_requests(mode, tokenizer, count, samples=1, most=300):
-    train, test = (common.load_questions(str(ROOT / "demo/problems"), split) for split in ("train", "test"))
+    train, test = (data.load_questions(str(ROOT / "demo/problems"), split) for split in ("train", "test"))
     examples = [(item.question, item.answer) for item in train[:3]]
-    prompts = [common.build_prompt(mode, item.question, tokenizer, examples) for item in test[:count]]
+    prompts = [build_prompt(mode, item.question, tokenizer, examples) for item in test[:count]]
     ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     return [Request(i, sample, ids[i], most) for i in range(count) for sample in range(samples)]
 
@@ -338,7 +348,9 @@ def test_draws_follow_the_softmax_that_transformers_filters(temperature, top_k, 
 def test_a_thought_open_when_its_budget_is_spent_is_closed_in_any_batch(tokenizer):
     model, stop, think, close = random_model(), [3, 4, 5], 7, 8
     free = one_at_a_time(model, random_requests())
-    budgets = [common.ThinkBudget(20, stop, think, close, opened=request.id % 2 == 0) for request in random_requests()]
+    budgets = [
+        generation.ThinkBudget(20, stop, think, close, opened=request.id % 2 == 0) for request in random_requests()
+    ]
     requests = [dataclasses.replace(request, budget=budgets[request.id]) for request in random_requests()]
     done = {c.id: c for c in generate(model, tokenizer, requests, batch_size=5, note=lambda line: None)}
     forced = {i for i, budget in enumerate(budgets) if budget.overruns(free[i, 0])}
@@ -361,7 +373,7 @@ def test_of_equal_logits_the_lower_token_id_ranks_first():
     drawn = sample_tokens(logits, counters, Decoding(True, 1.0, 1.0, top_k=2))
     assert set(drawn.tolist()) == {1, 2}
     tied = torch.full((1, 300), 2.0, dtype=torch.bfloat16)
-    assert common.choose_tokens(tied, [None], Decoding()) == [0]
+    assert generation.choose_tokens(tied, [None], Decoding()) == [0]
 
 
 def test_the_hash_is_splitmix64():
@@ -373,7 +385,9 @@ def test_the_hash_is_splitmix64():
 def test_no_step_is_spent_on_a_finished_row_and_the_shared_beginning_is_read_once(tokenizer):
     model, requests = random_model(), random_requests(40, beginning=50)
     shapes = []
-    hook = model.register_forward_pre_hook(lambda _, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True
+    )
     done = tokens_of(model, tokenizer, requests, batch_size=8)
     hook.remove()
     decoded = sum(rows for rows, width in shapes if width == 1)
@@ -397,22 +411,26 @@ def test_out_of_memory_injected_halves_the_batch_and_loses_nothing(tokenizer, mo
         return forward(input_ids=input_ids, **inputs)
 
     monkeypatch.setattr(model, "forward", injected)
-    done = {(c.id, c.sample): c.token_ids for c in generate(model, tokenizer, requests, batch_size=16, note=notes.append)}
+    done = {
+        (c.id, c.sample): c.token_ids for c in generate(model, tokenizer, requests, batch_size=16, note=notes.append)
+    }
     assert done == expected
     assert [note for note in notes if "batch size 8" in note or "batch size 4" in note or "batch size 2" in note]
 
 
 def test_a_batch_too_large_for_memory_is_halved_before_it_starts(tokenizer, monkeypatch):
     model, requests, notes = random_model(), random_requests(9), []
-    expected, allocate = tokens_of(model, tokenizer, requests), common.RollingCache.pack
+    expected, allocate = tokens_of(model, tokenizer, requests), generation.RollingCache.pack
 
     def injected(self, cohorts, slots, *more, **options):
         if slots > 2:
             raise RuntimeError("injected by the test: can't allocate memory")
         return allocate(self, cohorts, slots, *more, **options)
 
-    monkeypatch.setattr(common.RollingCache, "pack", injected)
-    done = {(c.id, c.sample): c.token_ids for c in generate(model, tokenizer, requests, batch_size=9, note=notes.append)}
+    monkeypatch.setattr(generation.RollingCache, "pack", injected)
+    done = {
+        (c.id, c.sample): c.token_ids for c in generate(model, tokenizer, requests, batch_size=9, note=notes.append)
+    }
     assert done == expected
     assert [note for note in notes if "out of memory: going on with batch size 2" in note]
 
@@ -422,7 +440,7 @@ def test_a_batch_too_large_for_memory_is_halved_before_it_starts(tokenizer, monk
 def test_out_of_memory_injected_anywhere_loses_and_doubles_nothing(what, step, tokenizer, monkeypatch):
     """Memory for 200 columns, so that rows are sent back as well."""
     model, requests = random_model(num_hidden_layers=2), random_requests(12)
-    expected, real, calls = tokens_of(model, tokenizer, requests), getattr(common.RollingCache, what), []
+    expected, real, calls = tokens_of(model, tokenizer, requests), getattr(generation.RollingCache, what), []
 
     def injected(self, *arguments, **options):
         calls.append(what)
@@ -430,8 +448,8 @@ def test_out_of_memory_injected_anywhere_loses_and_doubles_nothing(what, step, t
             raise torch.OutOfMemoryError("injected by the test")
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(common.RollingCache, what, injected)
-    monkeypatch.setattr(common, "free_memory", lambda device: 200 * 2 * SHAPE["head_dim"] * 2 * 2 * 8 / 0.5)
+    monkeypatch.setattr(generation.RollingCache, what, injected)
+    monkeypatch.setattr(generation, "free_memory", lambda device: 200 * 2 * SHAPE["head_dim"] * 2 * 2 * 8 / 0.5)
     if what == "update":  # not in the first pass, which reads the prefix: there one row is the least
         step += 2
     assert tokens_of(model, tokenizer, requests) == expected
@@ -441,7 +459,7 @@ def test_out_of_memory_injected_anywhere_loses_and_doubles_nothing(what, step, t
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_out_of_memory_injected_while_ended_rows_leave_ends_them_once(at, tokenizer, monkeypatch):
     model, requests = random_model(), random_requests()
-    expected, copy, calls = tokens_of(model, tokenizer, requests), common.RollingCache.copy_slots, []
+    expected, copy, calls = tokens_of(model, tokenizer, requests), generation.RollingCache.copy_slots, []
 
     def injected(self, cohort, sources, targets):
         calls.extend([1] if targets else [])
@@ -449,7 +467,7 @@ def test_out_of_memory_injected_while_ended_rows_leave_ends_them_once(at, tokeni
             raise torch.OutOfMemoryError("injected by the test")
         copy(self, cohort, sources, targets)
 
-    monkeypatch.setattr(common.RollingCache, "copy_slots", injected)
+    monkeypatch.setattr(generation.RollingCache, "copy_slots", injected)
     assert tokens_of(model, tokenizer, requests, batch_size=9) == expected
     assert len(calls) >= at
 
@@ -466,11 +484,11 @@ def test_every_tensor_is_made_on_the_models_device(row_step, tokenizer, monkeypa
         assert logits.device.type == "meta"
         return [draw.randrange(2, 9) for _ in rows]
 
-    monkeypatch.setattr(common, "choose_tokens", chosen)
-    monkeypatch.setattr(common, "free_memory", lambda device: 2**22)
-    monkeypatch.setattr(common, "ROW_STEP", {"cpu": row_step})
-    monkeypatch.setattr(common, "capture", lambda work, device: work)
-    monkeypatch.setattr(common, "refuse_other_logits", lambda logits, expected: None)  # they hold no numbers there
+    monkeypatch.setattr(generation, "choose_tokens", chosen)
+    monkeypatch.setattr(generation, "free_memory", lambda device: 2**22)
+    monkeypatch.setattr(generation, "ROW_STEP", {"cpu": row_step})
+    monkeypatch.setattr(generation, "capture", lambda work, device: work)
+    monkeypatch.setattr(generation, "refuse_other_logits", lambda logits, expected: None)  # they hold no numbers there
     assert len(tokens_of(model, tokenizer, requests)) == 12
     counters = torch.zeros(5, 3, dtype=torch.int64, device="meta")
     assert sample_tokens(torch.zeros(5, 99, device="meta"), counters, Decoding(True)).device.type == "meta"

@@ -8,7 +8,11 @@ from conftest import ROOT
 
 import benchmark
 import common
+import generation
 import inference
+import model as model_module
+import runs
+from model import find_model, load_model
 
 MODEL, PROBLEMS = str(ROOT / "demo/model"), str(ROOT / "demo/problems")
 KEYS = [
@@ -63,7 +67,7 @@ def test_a_run_in_pieces_ends_as_a_run_in_one(flags, tmp_path, monkeypatch, caps
     run(tmp_path / "whole.jsonl", *flags, "--limit", 12)
     pieces = tmp_path / "pieces.jsonl"
     run(pieces, *flags, "--limit", 5, "--batch-size", 3)  # --limit may grow
-    append, written = common.RunOutput.append, []
+    append, written = runs.RunOutput.append, []
 
     def stop_early(self, row):
         append(self, row)
@@ -73,11 +77,11 @@ def test_a_run_in_pieces_ends_as_a_run_in_one(flags, tmp_path, monkeypatch, caps
                 part.write(b'{"id": 11, "sam')  # as a process dies in the middle of a line
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common.RunOutput, "append", stop_early)
+    monkeypatch.setattr(runs.RunOutput, "append", stop_early)
     with pytest.raises(SystemExit, match="130"):
         run(pieces, *flags, "--limit", 12)
     assert "the same command goes on from there" in capsys.readouterr().out
-    monkeypatch.setattr(common.RunOutput, "append", append)
+    monkeypatch.setattr(runs.RunOutput, "append", append)
     run(pieces, *flags, "--limit", 12)
     assert "dropped a torn last line" in capsys.readouterr().out
     assert pieces.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -128,7 +132,7 @@ def test_a_lora_adapter_answers_as_its_merged_model(tmp_path):
     outputs = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("adapter", "merged", "base")}
     assert outputs["adapter"] == outputs["merged"] != outputs["base"]
     for name in ("adapter", "merged"):
-        loaded = common.load_model(common.find_model(str(tmp_path / name)), "bf16", torch.device("cpu"))
+        loaded = load_model(find_model(str(tmp_path / name)), "bf16", torch.device("cpu"))
         assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
         assert {buffer.dtype for buffer in loaded.buffers()} == {torch.float32}  # the frequencies of rope
 
@@ -148,7 +152,7 @@ def test_a_question_of_the_train_split_is_never_its_own_example(tmp_path, capsys
 
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "free_memory", lambda device: 2**21)
+    monkeypatch.setattr(model_module, "free_memory", lambda device: 2**21)
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "a.jsonl", "--limit", 1)
     assert "its 670,080 weights take 0.0025 GiB, and 0.00195 are free" in capsys.readouterr().err
@@ -175,13 +179,13 @@ def test_a_command_of_several_budgets_writes_what_one_command_a_budget_writes(fl
 
 
 def test_a_smaller_budget_generates_only_what_the_larger_one_does_not_settle(tmp_path, monkeypatch):
-    asked, generate = [], inference.generate
+    asked, generate = [], generation.generate
 
     def counting(model, tokenizer, requests, *args, **kwargs):
         asked.append([len(request.begun) for request in requests])
         return generate(model, tokenizer, requests, *args, **kwargs)
 
-    monkeypatch.setattr(inference, "generate", counting)
+    monkeypatch.setattr(generation, "generate", counting)
     run(tmp_path / "all.jsonl", "--mode", "thinking", "--limit", 16, "--think-budget", 70, 120)
     largest, smaller = asked
     forced = [row for row in rows(tmp_path / "all-budget-70.jsonl") if row["forced"]]

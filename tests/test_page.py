@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 import benchmark
+import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = (
@@ -149,7 +150,7 @@ def test_a_question_of_several_samples_shows_them_all(tmp_path, browse):
 
 
 def test_files_too_large_for_a_page_are_sampled_by_question_with_a_warning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "PAGE_BYTES", 5_000)
+    monkeypatch.setattr(report, "PAGE_BYTES", 5_000)
     files = [[line(id, letter * 92 + "#### 18") for id in range(100)] for letter in "ab"]
     page = make_page(tmp_path, *files)
     questions = read_data(page)["questions"]

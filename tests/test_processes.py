@@ -13,7 +13,18 @@ from conftest import ROOT
 import common
 import inference
 
-RUN = ["--model-id", "demo/model", "--dataset", "demo/problems", "--mode", "thinking", "--num-samples", "2", "--limit", "24"]
+RUN = [
+    "--model-id",
+    "demo/model",
+    "--dataset",
+    "demo/problems",
+    "--mode",
+    "thinking",
+    "--num-samples",
+    "2",
+    "--limit",
+    "24",
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +78,11 @@ def test_killed_processes_lose_nothing_and_another_number_goes_on(whole, tmp_pat
 def left_by_three(whole, tmp_path):
     """What three processes left that were killed: 10 whole lines, one of them twice, and two torn ones."""
     lines = whole.splitlines(keepends=True)
-    for name, held in {"": lines[:4] + [lines[20][:30]], "-1": lines[3:8], "-2": lines[40:42] + [lines[9][:50]]}.items():
+    for name, held in {
+        "": lines[:4] + [lines[20][:30]],
+        "-1": lines[3:8],
+        "-2": lines[40:42] + [lines[9][:50]],
+    }.items():
         (tmp_path / f"run.jsonl.part{name}").write_bytes(b"".join(held))
     inference.main([*RUN, "--output", str(tmp_path / "other.jsonl"), "--limit", "1"])
     (tmp_path / "other.run.json").rename(tmp_path / "run.run.json")

@@ -5,13 +5,8 @@ import transformers
 from conftest import ROOT
 
 import common
-from common import (
-    MODES,
-    build_messages,
-    build_prompt,
-    chatml_think_prefill,
-    load_questions,
-)
+from common import MODES, build_messages, build_prompt, chatml_think_prefill
+from data import load_questions
 
 EMPTY_THINK = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import benchmark
 import common
+import data
 
 README = (ROOT / "README.md").read_text()
 DEMO_RUNS = [str(ROOT / f"results/demo/{mode}.jsonl") for mode in common.MODES]
@@ -59,7 +60,7 @@ def test_the_committed_runs_are_of_the_committed_demo(path):
     decides = common.read_json(path.replace(".jsonl", ".run.json"))["decides"]
     model, problems = ROOT / "demo/model", str(ROOT / "demo/problems")
     assert decides["sha256 of model.safetensors"] == common.hash_file(model / "model.safetensors")
-    assert decides["dataset_sha256"] == common.hash_questions(common.load_questions(problems, "test"))
+    assert decides["dataset_sha256"] == data.hash_questions(data.load_questions(problems, "test"))
 
 
 def test_every_file_that_the_readme_names_exists():

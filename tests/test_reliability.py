@@ -25,6 +25,7 @@ from conftest import ROOT
 
 import common
 import inference
+import runs
 
 MODEL, PROBLEMS = ROOT / "demo/model", ROOT / "demo/problems"
 KILLS = 20
@@ -111,7 +112,10 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_not(starter, flags, tmp_
     process = starter(output, *flags)
     assert (process.wait() if starter is start else process.join() or process.exitcode) == 0
     assert output.read_bytes() == expected
-    assert sorted(path.name for path in tmp_path.iterdir() if "killed" in path.name) == ["killed.jsonl", "killed.run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "killed" in path.name) == [
+        "killed.jsonl",
+        "killed.run.json",
+    ]
     segments = common.read_json(tmp_path / "killed.run.json")["segments"]
     assert sum(segment["answers"] for segment in segments) == expected.count(b"\n")
     assert all(segment["seconds"] >= 0 for segment in segments)
@@ -155,7 +159,10 @@ def test_a_stop_says_how_many_are_done_and_how_to_go_on(tmp_path, capsys, record
         out, err = process.communicate(timeout=600)
         assert process.returncode == code and err.splitlines()[-1] == word and "Traceback" not in err
         done = part(output).count(b"\n")
-        assert out.splitlines()[-1] == f"{output}: stopped, {done} answers are on disk; the same command goes on from there"
+        assert (
+            out.splitlines()[-1]
+            == f"{output}: stopped, {done} answers are on disk; the same command goes on from there"
+        )
     assert whole_run(output, *flags) == whole_run(tmp_path / "whole.jsonl", *flags)
     record_property("survived", "SIGINT, SIGTERM and two second writers")
 
@@ -231,7 +238,9 @@ def forward_from_the_fortieth(monkeypatch, act):
 
 
 @pytest.mark.parametrize(
-    "fault", [full_disk, model_cut, dataset_changed, not_numbers_injected, out_of_memory_injected], ids=lambda f: f.__name__
+    "fault",
+    [full_disk, model_cut, dataset_changed, not_numbers_injected, out_of_memory_injected],
+    ids=lambda f: f.__name__,
 )
 def test_a_fault_is_named_and_the_run_goes_on_after_it(fault, tmp_path, monkeypatch, capsys, record_property):
     places = {"model": tmp_path / "model", "dataset": tmp_path / "data"}
@@ -251,14 +260,14 @@ def test_a_fault_is_named_and_the_run_goes_on_after_it(fault, tmp_path, monkeypa
 
 
 def test_an_output_folder_removed_while_running_comes_back_with_its_answers(tmp_path, monkeypatch, capsys):
-    output, append = tmp_path / "gone" / "a.jsonl", common.RunOutput.append
+    output, append = tmp_path / "gone" / "a.jsonl", runs.RunOutput.append
 
     def remove_once(self, row):
         if len(self.places) == 3:
             shutil.rmtree(output.parent)
         append(self, row)
 
-    monkeypatch.setattr(common.RunOutput, "append", remove_once)
+    monkeypatch.setattr(runs.RunOutput, "append", remove_once)
     err = refused(capsys, output, "--limit", 6)
     assert "was removed while the run wrote to it; 3 answers are back" in err
     monkeypatch.undo()
@@ -302,7 +311,9 @@ def write_report():
     today = datetime.datetime.now(datetime.UTC).date()
     print("# What a run survives\n")
     print("Made by `python tests/test_reliability.py > results/reliability.md`, which runs the tests named below,")
-    print(f"on {today}, {os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}, without a GPU,")
+    print(
+        f"on {today}, {os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}, without a GPU,"
+    )
     print(f"in {time.monotonic() - begun:.0f} s.\n")
     print("| inputs tried | ended as they must |\n| --- | ---: |")
     for name, words in (("bad_input", "bad inputs: exit code 2, one line that names the thing"),

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import common
 import inference
+import model
 import train
 import train_lora
 
@@ -107,7 +108,7 @@ def test_the_published_checkpoints_are_evaluated_in_place_of_own_training(place,
     base = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "demo/model")
     for name in ("SFT-FP32-eval-score", "SFT-FP32", "SFT-BF16"):
         base.save_pretrained(tmp_path / f"hub/Qwen3-GSM8k-{name}")
-        common.load_tokenizer(common.find_model(str(ROOT / "demo/model"))).save_pretrained(
+        model.load_tokenizer(model.find_model(str(ROOT / "demo/model"))).save_pretrained(
             tmp_path / f"hub/Qwen3-GSM8k-{name}"
         )
     for rank in (4, 32):

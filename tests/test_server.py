@@ -1,5 +1,6 @@
 """An inference server answers as a local model does, and its faults lose no answer and double none."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,10 @@ import pytest
 from conftest import ROOT
 
 import common
+import generation
 import inference
+import server as server_module
+from server import request_seed
 
 DEMO = ["--model-id", "demo/model", "--dataset", "demo/problems"]
 FAULTS = "429", "500", "dropped", "stalled", "cut", "malformed", "empty"
@@ -33,7 +37,7 @@ def at_the_root(monkeypatch):
 @pytest.fixture
 def faulty(monkeypatch):
     """A server whose every prompt meets two of the FAULTS before it is answered, and the requests it got."""
-    monkeypatch.setattr(inference, "SERVER_TIMEOUT", 1)
+    monkeypatch.setattr(server_module, "SERVER_TIMEOUT", 1)
     tries, answered, requests, lock = Counter(), Counter(), [], threading.Lock()
 
     class Faulty(BaseHTTPRequestHandler):
@@ -54,7 +58,16 @@ def faulty(monkeypatch):
         def answer(self, fault, body):
             usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
             choice = {"index": 0, "text": f"{len(body['prompt'])} {body.get('seed')}\n#### 4", "finish_reason": "stop"}
-            reply = json.dumps({"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice], "usage": usage})
+            reply = json.dumps(
+                {
+                    "id": "x",
+                    "object": "text_completion",
+                    "created": 0,
+                    "model": "m",
+                    "choices": [choice],
+                    "usage": usage,
+                }
+            )
             if fault == "dropped":
                 return self.connection.shutdown(socket.SHUT_RDWR)
             if fault == "stalled":
@@ -72,10 +85,8 @@ def faulty(monkeypatch):
             self.close_connection = True
 
         def handle(self):
-            try:
+            with contextlib.suppress(OSError):  # the client has given up on a stalled reply
                 super().handle()
-            except OSError:  # the client has given up on a stalled reply
-                pass
 
         def log_message(self, *_):
             pass
@@ -124,7 +135,7 @@ def test_a_stopped_run_asks_a_server_only_for_what_is_missing(faulty, tmp_path):
 )
 def test_a_server_that_cannot_answer_is_told_in_one_line(faulty, always, told, tmp_path, monkeypatch, capsys):
     faulty.always = always
-    monkeypatch.setattr(inference, "SERVER_RETRIES", 1)
+    monkeypatch.setattr(server_module, "SERVER_RETRIES", 1)
     with pytest.raises(SystemExit, match="2"):
         inference.main([*DEMO, *faulty.flag, "--limit", "1", "--output", str(tmp_path / "a.jsonl")])
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
@@ -132,7 +143,7 @@ def test_a_server_that_cannot_answer_is_told_in_one_line(faulty, always, told, t
 
 
 def test_no_server_there_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "SERVER_RETRIES", 0)
+    monkeypatch.setattr(server_module, "SERVER_RETRIES", 0)
     with pytest.raises(SystemExit, match="2"):
         inference.main([*DEMO, "--server", "http://127.0.0.1:9", "--limit", "1", "--output", str(tmp_path / "a.jsonl")])
     assert "gives no answer to question 0: Connection error" in capsys.readouterr().err
@@ -194,8 +205,8 @@ def answers(address):
 
 
 def test_seeds_of_requests_differ_by_sample_and_stay():
-    request = common.Request(3, 1, [], 5)
-    others = [common.Request(i, sample, [], 5) for i in range(20) for sample in range(20)]
-    assert len({inference.request_seed(42, other) for other in others}) == 400
-    assert inference.request_seed(42, request) == inference.request_seed(42, request) != inference.request_seed(43, request)
-    assert re.fullmatch(r"\d+", str(inference.request_seed(42, request))) and inference.request_seed(42, request) < 2**31
+    request = generation.Request(3, 1, [], 5)
+    others = [generation.Request(i, sample, [], 5) for i in range(20) for sample in range(20)]
+    assert len({request_seed(42, other) for other in others}) == 400
+    assert request_seed(42, request) == request_seed(42, request) != request_seed(43, request)
+    assert re.fullmatch(r"\d+", str(request_seed(42, request))) and request_seed(42, request) < 2**31

@@ -13,22 +13,15 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import model as model_module
+import runs
 import train
 import train_lora
-from common import (
-    Request,
-    UserError,
-    build_prompt,
-    chatml_think_prefill,
-    find_model,
-    generate,
-    hash_file,
-    load_model,
-    load_questions,
-    load_tokenizer,
-    read_json,
-    score_final,
-)
+from common import UserError, build_prompt, chatml_think_prefill, hash_file, read_json, score_final
+from data import load_questions
+from generation import Request, generate
+from model import find_model, load_model, load_tokenizer
+from trainer import EVAL_MAX_NEW_TOKENS, IGNORED, ScoredTrainer, SFTTrainer, build_config, build_trainer, epoch_order
 
 MODEL = str(ROOT / "demo/model")
 PROBLEMS = [json.loads(line) for line in (ROOT / "demo/problems/train.jsonl").read_text().splitlines()[:88]]
@@ -51,7 +44,18 @@ def write_problems(folder, problems):
 
 def flags(dataset, output, *more):
     """A run of 2 epochs of 4 steps: 48 rows in batches of 12, 40 held out, 16 of them answered."""
-    fixed = ["--model-id", MODEL, "--dataset", dataset, "--output-dir", output, "--eval-size", 40, "--eval-questions", 16]
+    fixed = [
+        "--model-id",
+        MODEL,
+        "--dataset",
+        dataset,
+        "--output-dir",
+        output,
+        "--eval-size",
+        40,
+        "--eval-questions",
+        16,
+    ]
     return [str(flag) for flag in [*fixed, "--epochs", 2, "--batch-size", 12, "--learning-rate", 1e-3, *more]]
 
 
@@ -85,14 +89,18 @@ def test_training_conditions_on_inferences_prompt_on_all_of_gsm8k(shared):
     pairs = train.target_pairs(questions)
     rows = train.encode_rows("training", pairs, tokenizer, 40960)
     assert len(rows) == 7473  # none is dropped: apart and together tokenize alike
-    asked = tokenizer([build_prompt("chatml_think_prefill", item.question, tokenizer) for item in questions])["input_ids"]
-    for row, prompt, (_, completion) in zip(rows, asked, pairs, strict=True):
+    asked = tokenizer([build_prompt("chatml_think_prefill", item.question, tokenizer) for item in questions])[
+        "input_ids"
+    ]
+    for row, prompt, _ in zip(rows, asked, pairs, strict=True):
         assert row["input_ids"][: len(prompt)] == prompt
-        assert row["labels"][: len(prompt)] == [train.IGNORED] * len(prompt)
+        assert row["labels"][: len(prompt)] == [IGNORED] * len(prompt)
         assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
         assert row["input_ids"][-1] == 151645  # <|im_end|>
     assert tokenizer.decode(rows[0]["labels"][len(asked[0]) :]) == pairs[0][1]
-    assert max(len(row["input_ids"]) - len(prompt) for row, prompt in zip(rows, asked, strict=True)) < train.EVAL_MAX_NEW_TOKENS
+    assert (
+        max(len(row["input_ids"]) - len(prompt) for row, prompt in zip(rows, asked, strict=True)) < EVAL_MAX_NEW_TOKENS
+    )
 
 
 def test_completion_is_the_reasoning_and_the_final_line():
@@ -108,7 +116,11 @@ def test_completion_is_the_reasoning_and_the_final_line():
 
 def test_rows_that_do_not_fit_or_would_tokenize_otherwise_are_dropped_and_counted(capsys):
     tokenizer = load_tokenizer(find_model(MODEL))
-    pairs = [("<|im_start|>user\n", "4 apples<|im_end|>"), ("Yes\n", "\nNo<|im_end|>"), ("Why?\n", "4 " * 200 + "<|im_end|>")]
+    pairs = [
+        ("<|im_start|>user\n", "4 apples<|im_end|>"),
+        ("Yes\n", "\nNo<|im_end|>"),
+        ("Why?\n", "4 " * 200 + "<|im_end|>"),
+    ]
     assert len(train.encode_rows("training", pairs, tokenizer, 200)) == 1
     printed = capsys.readouterr().out
     assert "1 of 3 training examples dropped: longer than the model's 200 positions" in printed
@@ -146,9 +158,9 @@ def test_held_out_questions_are_train_questions_that_are_not_trained_on(tmp_path
 
 
 def test_order_is_by_seed_and_epoch():
-    order = train.epoch_order(1000, 16, 42, 0)
-    assert order == train.epoch_order(1000, 16, 42, 0)
-    assert order != train.epoch_order(1000, 16, 42, 1) and order != train.epoch_order(1000, 16, 43, 0)
+    order = epoch_order(1000, 16, 42, 0)
+    assert order == epoch_order(1000, 16, 42, 0)
+    assert order != epoch_order(1000, 16, 42, 1) and order != epoch_order(1000, 16, 43, 0)
     assert len(order) == len(set(order)) == 992 and max(order) < 1000
 
 
@@ -163,7 +175,7 @@ def test_loss_is_the_mean_over_trained_tokens_however_the_batch_is_cut(trained, 
         for key in ("loss", "eval_loss"):
             assert history(folder, key) == pytest.approx(history(trained, key), abs=1e-4)
         assert history(folder, "eval_score") == history(trained, "eval_score")
-    assert read_json(tmp_path / "processes" / train.RECORD)["segments"][0]["processes"] == 2
+    assert read_json(tmp_path / "processes" / runs.RECORD)["segments"][0]["processes"] == 2
 
     # The first step's loss by hand: summed over all of the batch's completion tokens, divided by their number.
     args = train.build_parser("", "", 1e-3, "").parse_args(flags(dataset, "x"))
@@ -171,13 +183,13 @@ def test_loss_is_the_mean_over_trained_tokens_however_the_batch_is_cut(trained, 
     tokenizer, model = load_tokenizer(files), load_model(files, "fp32", torch.device("cpu"))
     training, _ = train.split_questions(args, load_questions(str(dataset), "train"))
     rows = train.encode_rows("training", train.target_pairs(training), tokenizer, 2048)
-    order = train.epoch_order(len(rows), 12, args.seed, 0)
+    order = epoch_order(len(rows), 12, args.seed, 0)
     total = count = 0
     for row in (rows[i] for i in order[:12]):
         labels = torch.tensor(row["labels"])
         with torch.inference_mode():
             scores = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
-        learned = (labels[1:] != train.IGNORED).nonzero()[:, 0]
+        learned = (labels[1:] != IGNORED).nonzero()[:, 0]
         total -= scores[learned, labels[1:][learned]].sum().item()
         count += len(learned)
     assert history(trained, "loss")[1] == pytest.approx(total / count, abs=1e-4)
@@ -189,14 +201,14 @@ def test_eval_score_is_what_inference_and_the_scorer_say(trained, dataset):
     files = find_model(str(trained))
     tokenizer, model = load_tokenizer(files), load_model(files, "fp32", torch.device("cpu"))
     requests = [
-        Request(i, 0, tokenizer(chatml_think_prefill(item.question))["input_ids"], train.EVAL_MAX_NEW_TOKENS)
+        Request(i, 0, tokenizer(chatml_think_prefill(item.question))["input_ids"], EVAL_MAX_NEW_TOKENS)
         for i, item in enumerate(held_out[:16])
     ]
     right = sum(
         score_final(done.text, held_out[done.id].answer, thinking_open=True) == "right"
         for done in generate(model, tokenizer, requests, note=lambda line: None)
     )
-    result = read_json(trained / train.RECORD)["result"]
+    result = read_json(trained / runs.RECORD)["result"]
     assert result["eval_score"] == pytest.approx(100 * right / 16)
     assert result["eval_score_stderr"] == pytest.approx(100 * (right / 16 * (1 - right / 16) / 16) ** 0.5)
 
@@ -204,15 +216,15 @@ def test_eval_score_is_what_inference_and_the_scorer_say(trained, dataset):
 def test_the_best_score_is_kept_ties_by_loss_and_patience_stops(dataset, tmp_path, monkeypatch):
     """Scores 25, 50, 50, 50, 25 with falling loss: the fourth epoch is best, patience 3 ends after the fifth."""
     scores = iter([0, 4, 8, 8, 8, 4, 16])
-    monkeypatch.setattr(train.Scoring, "count_right", lambda *_: (next(scores), 16))
+    monkeypatch.setattr(ScoredTrainer, "count_right", lambda *_: (next(scores), 16))
     saved = {}
-    save = train.Scoring._save
+    save = ScoredTrainer._save
 
     def keep(trainer, *args, **kwargs):
         save(trainer, *args, **kwargs)
         saved[trainer.state.global_step] = {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
-    monkeypatch.setattr(train.Scoring, "_save", keep)
+    monkeypatch.setattr(ScoredTrainer, "_save", keep)
     assert train.main(flags(dataset, tmp_path / "run", "--epochs", 8, "--patience", 3)) == 0
     losses = history(tmp_path / "run", "eval_loss")
     assert list(losses) == [0, 4, 8, 12, 16, 20]
@@ -231,11 +243,12 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
+from trainer import ScoredTrainer, SFTTrainer
 def deadly(trainer, *args, **kwargs):
     if trainer.state.global_step == 6:
         os.kill(os.getpid(), signal.SIGKILL)
-    return super(train.Scoring, trainer).training_step(*args, **kwargs)
-train.Scoring.training_step = deadly
+    return SFTTrainer.training_step(trainer, *args, **kwargs)
+ScoredTrainer.training_step = deadly
 train.main({flags!r})
 """
 
@@ -253,7 +266,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(trained, dataset, t
     assert "going on after step 4" in capsys.readouterr().out
     assert same_weights(tmp_path / "run", trained)
     assert history(tmp_path / "run", "eval_score") == history(trained, "eval_score")
-    assert len(read_json(tmp_path / "run" / train.RECORD)["segments"]) == 2
+    assert len(read_json(tmp_path / "run" / runs.RECORD)["segments"]) == 2
 
 
 def interrupt_at(step, script, arguments, monkeypatch):
@@ -262,10 +275,10 @@ def interrupt_at(step, script, arguments, monkeypatch):
     def interrupted(trainer, *args, **kwargs):
         if trainer.state.global_step == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return super(train.Scoring, trainer).training_step(*args, **kwargs)
+        return SFTTrainer.training_step(trainer, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Scoring, "training_step", interrupted, raising=False)
+        patch.setattr(ScoredTrainer, "training_step", interrupted, raising=False)
         with pytest.raises(SystemExit) as stopped:
             script.main(arguments)
     assert stopped.value.code == 130
@@ -299,13 +312,13 @@ def test_lora_interrupted_in_the_last_step_of_an_epoch_loses_no_evaluation(datas
 
 
 def test_a_training_that_diverges_stops_and_keeps_the_best_there_was(dataset, tmp_path, monkeypatch, capsys):
-    sums = train.Scoring.sum_losses
+    sums = ScoredTrainer.sum_losses
 
     def diverging(trainer, *ranks):
         loss, tokens = sums(trainer, *ranks)
         return (float("nan"), tokens) if trainer.state.global_step >= first_bad else (loss, tokens)
 
-    monkeypatch.setattr(train.Scoring, "sum_losses", diverging)
+    monkeypatch.setattr(ScoredTrainer, "sum_losses", diverging)
     first_bad = 8
     assert train.main(flags(dataset, tmp_path / "run", "--epochs", 4)) == 0
     assert "the training has diverged and stops" in capsys.readouterr().out
@@ -349,7 +362,7 @@ def test_the_folder_holds_what_it_should_and_nothing_that_runs_code(trained):
     assert find_model(str(trained)).base is None
     original, saved = (json.loads((Path(folder) / "generation_config.json").read_text()) for folder in (MODEL, trained))
     assert saved["eos_token_id"] == original["eos_token_id"]
-    score = read_json(trained / train.RECORD)["result"]["eval_score"]
+    score = read_json(trained / runs.RECORD)["result"]["eval_score"]
     card = (trained / "README.md").read_text()
     assert f"{score:.1f} ±" in card and "kept" in card and "the test split was not read" in card
 
@@ -363,7 +376,18 @@ def test_tensorboard_has_loss_rate_norm_and_score(trained):
 
 
 def test_adapter_is_taken_by_inference_and_merged_answers_alike(dataset, tmp_path):
-    lora = ("--rank", 4, "--dropout", 0.05, "--target-modules", "q_proj,v_proj", "--learning-rate", 5e-3, "--max-steps", 3)
+    lora = (
+        "--rank",
+        4,
+        "--dropout",
+        0.05,
+        "--target-modules",
+        "q_proj,v_proj",
+        "--learning-rate",
+        5e-3,
+        "--max-steps",
+        3,
+    )
     assert train_lora.main(flags(dataset, tmp_path / "adapter", *lora)) == 0
     assert train_lora.main(flags(dataset, tmp_path / "merged", *lora, "--merge")) == 0
     adapter, merged = find_model(str(tmp_path / "adapter")), find_model(str(tmp_path / "merged"))
@@ -394,11 +418,13 @@ def test_the_loss_on_a_gpu_is_the_loss_on_a_cpu(dataset, tmp_path):
     rows = train.encode_rows("training", pairs, tokenizer, 2048)
     for load in (train.load_full_model, train_lora.load_with_adapter):
         model = load(args, files, torch.device("cpu"))
-        config = train.build_config(args, 1, len(rows))
-        trainer = train.build_trainer(args, config, model, tokenizer, rows, rows, [], None)
+        config = build_config(args, 1, len(rows))
+        trainer = build_trainer(args, config, model, tokenizer, rows, rows, [], None)
         batch = trainer.data_collator(rows)
         ids, labels = batch["input_ids"], batch["labels"]
-        assert trainer.fused_loss(model, ids, labels).item() == pytest.approx(trainer.part_loss(model, ids, labels).item(), rel=1e-5)
+        assert trainer.fused_loss(model, ids, labels).item() == pytest.approx(
+            trainer.part_loss(model, ids, labels).item(), rel=1e-5
+        )
 
 
 def test_the_base_of_an_adapter_stays_as_it_is_in_bf16(dataset, tmp_path):
@@ -420,7 +446,9 @@ def test_push_to_hub_asks_for_the_repository_first_and_uploads_at_the_end(datase
 
     calls = []
     for method in ("create_repo", "upload_folder"):
-        monkeypatch.setattr(huggingface_hub.HfApi, method, lambda self, method=method, **named: calls.append((method, named)))
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, method, lambda self, method=method, **named: calls.append((method, named))
+        )
     assert train.main(flags(dataset, tmp_path / "run", "--max-steps", 1, "--push-to-hub", "me/model")) == 0
     assert [method for method, _ in calls] == ["create_repo", "upload_folder"]
     assert calls[1][1] == {"repo_id": "me/model", "folder_path": tmp_path / "run"}
@@ -457,10 +485,10 @@ def test_short_memory_cuts_the_batch_or_refuses(dataset, monkeypatch, capsys):
     row = {"input_ids": [0] * 200}
     need = 12 * train.trainable(model), 200 * train.activation_bytes_per_token(model, 4, fused_head=False)
     for free, parts in ((need[0] + 12 * need[1], 1), (need[0] + 4 * need[1], 3), (need[0] + need[1], 12)):
-        monkeypatch.setattr(train, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(model_module, "free_memory", lambda device, free=free: free)
         assert train.fit_into_memory(args, model, torch.device("cpu"), [row]) == parts
     assert "a batch goes in 12 parts" in capsys.readouterr().out
-    monkeypatch.setattr(train, "free_memory", lambda device: need[0])
+    monkeypatch.setattr(model_module, "free_memory", lambda device: need[0])
     with pytest.raises(UserError, match="training needs about .* are free"):
         train.fit_into_memory(args, model, torch.device("cpu"), [row])
 
@@ -496,7 +524,12 @@ BAD_INPUTS = [  # script, what spoils the data set, more flags, what the line na
     (train, None, ("--output-dir", str(Path(MODEL).parent), "--overwrite"), "demo: holds --model-id"),
     (train, None, ("--output-dir", "/proc/model"), "--output-dir /proc/model: cannot be written"),
     (train, None, ("--push-to-hub", "no/such/name"), "--push-to-hub no/such/name"),
-    (train_lora, None, ("--target-modules", "q_porj"), "the model has no linear layer 'q_porj'; it has down_proj, gate_proj"),
+    (
+        train_lora,
+        None,
+        ("--target-modules", "q_porj"),
+        "the model has no linear layer 'q_porj'; it has down_proj, gate_proj",
+    ),
     (train_lora, None, ("--target-modules", "lm_head"), "the model has no linear layer 'lm_head'"),
     (train_lora, None, ("--rank", "0"), "--rank: must be 1 or more"),
     (train_lora, None, ("--dropout", "1"), "--dropout 1.0: must be below 1"),
@@ -519,7 +552,10 @@ def test_bad_input_is_one_line_and_exit_code_2(script, spoil, more, named, datas
 
 
 def test_another_run_is_not_overwritten(trained, dataset, capsys):
-    cases = [((), "holds another run; pass --resume"), (("--resume", "--seed", 1), "was made with seed = 42, this run has 1")]
+    cases = [
+        ((), "holds another run; pass --resume"),
+        (("--resume", "--seed", 1), "was made with seed = 42, this run has 1"),
+    ]
     for more, named in cases:
         with pytest.raises(SystemExit) as stopped:
             train.main(flags(dataset, trained, *more))
@@ -537,7 +573,9 @@ def test_help_is_instant_and_names_its_sources():
     for script in ("train", "train_lora"):
         code = f"import sys, {script}; assert not {{'torch', 'transformers', 'trl'}} & set(sys.modules)"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-        text = subprocess.run([sys.executable, f"{script}.py", "--help"], check=True, cwd=ROOT, capture_output=True, text=True)
+        text = subprocess.run(
+            [sys.executable, f"{script}.py", "--help"], check=True, cwd=ROOT, capture_output=True, text=True
+        )
         assert "Stanford Alpaca" in text.stdout and "QLoRA" in text.stdout
 
 
@@ -565,7 +603,7 @@ def test_own_right_answers_are_trained_on_from_the_prompt_that_they_were_sampled
     assert {prompt for prompt, _ in held_out_pairs} < asked and not {prompt for prompt, _ in pairs} & asked
     rows = train.encode_rows("training", pairs, tokenizer, 2048)
     inference_prompt = tokenizer(pairs[0][0], add_special_tokens=False)["input_ids"]
-    learned = [token for token in rows[0]["labels"] if token != train.IGNORED]
+    learned = [token for token in rows[0]["labels"] if token != IGNORED]
     assert rows[0]["input_ids"] == inference_prompt + learned
     assert tokenizer.decode(learned) == "<think>\nfour\n</think>\n\n#### 4<|im_end|>"
 
@@ -596,7 +634,10 @@ def mixed(path):
         (other_question, r"own.jsonl:1: its question is not of the train split"),
         (mixed, r"own.jsonl:2: another mode or system prompt than on line 1"),
         (lambda path: write_completions(path, PROBLEMS[:1], "few_shot"), r"own.jsonl:1: mode 'few_shot'"),
-        (lambda path: write_completions(path, PROBLEMS[:1], output=["#### 4"]), r"own.jsonl:1: 'model_output' must be text"),
+        (
+            lambda path: write_completions(path, PROBLEMS[:1], output=["#### 4"]),
+            r"own.jsonl:1: 'model_output' must be text",
+        ),
         (lambda path: write_completions(path, PROBLEMS[:1]), r"holds none of the \d+ (training|held-out) questions"),
         (lambda path: path.write_text("") and path or path, r"own.jsonl: holds no completion"),
         (lambda path: path, r"own.jsonl: cannot be read"),
@@ -611,7 +652,7 @@ def test_completions_that_cannot_be_trained_on_are_refused(make, told, dataset, 
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(dataset, tmp_path, capsys):
-    with train.locked(tmp_path / "run"), pytest.raises(SystemExit, match="2"):
+    with runs.locked(tmp_path / "run"), pytest.raises(SystemExit, match="2"):
         train.main(flags(dataset, tmp_path / "run", "--max-steps", 1))
     assert "another process trains in it" in capsys.readouterr().err
     assert not list((tmp_path / "run").iterdir())

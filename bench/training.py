@@ -1,7 +1,7 @@
 """What training costs: this project's way against the plain one, by turns in one process.
 
-    python tests/bench_training.py                      # both CPU cases, three seeds; writes results/training.md
-    python tests/bench_training.py --case small --seeds 1 --output /dev/null
+    python bench/training.py                      # both CPU cases, three seeds; writes results/training.md
+    python bench/training.py --case small --seeds 1 --output /dev/null
 
 Plain is TRL's SFTTrainer as it comes: batches of 12 in the data's order, padded to the longest, activation
 checkpointing on. Ours is what train.py builds. Both see the same rows, start from the same weights and
@@ -25,14 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 import train_lora
-from common import (
-    find_model,
-    load_model,
-    load_questions,
-    load_tokenizer,
-    log,
-    write_atomically,
-)
+from common import log, write_atomically
+from data import load_questions
+from model import find_model, load_model, load_tokenizer
+from trainer import build_config, build_trainer, len_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "demo/model")
@@ -127,14 +123,14 @@ def measure(case, seed, way):
     # On a CPU its own seconds count, not the clock's: other work on the machine does not change them.
     clock = time.perf_counter if on_gpu else time.process_time
     begun = clock()
-    trainer.train()
+    train()
     if on_gpu:
         torch.cuda.synchronize()
     seconds = clock() - begun
     judge = build("ours", trainer.model, tokenizer, rows, held_out_rows, rate, seed)
     judge.model.eval()
     loss, tokens = judge.sum_losses(0, 1)
-    seen = sum(map(train.len_ids, rows))
+    seen = sum(map(len_ids, rows))
     result = {
         "case": case, "way": name, "method": method, "seed": seed, "seconds": seconds, "examples": len(rows),
         "tokens": seen, "loss": loss / tokens, "device": torch.cuda.get_device_name() if on_gpu else "CPU",
@@ -171,17 +167,17 @@ def build(way, model, tokenizer, rows, held_out_rows, rate, seed):
     flags = {"output-dir": tempfile.mkdtemp(), "batch-size": BATCH, "epochs": 1, "seed": seed, "eval-questions": 0}
     args = train.build_parser("", "", rate, "").parse_args([f"--{flag}={value}" for flag, value in flags.items()])
     args.dtype = "bf16" if model.device.type == "cuda" else "fp32"
-    config = train.build_config(args, 1, len(rows))
+    config = build_config(args, 1, len(rows))
     config.eval_strategy = IntervalStrategy.NO
     config.save_strategy = SaveStrategy.NO
     config.eval_on_start = config.load_best_model_at_end = False
     config.report_to, config.disable_tqdm, config.logging_steps = [], True, 1000
     if way == "ours":
-        return train.build_trainer(args, config, model, tokenizer, rows, held_out_rows, [], None)
+        return build_trainer(args, config, model, tokenizer, rows, held_out_rows, [], None)
     config.gradient_checkpointing = config.activation_checkpointing = way == "plain"
     config.train_sampling_strategy = "sequential"
     config.padding_free = way == WORSE
-    order = grouped_order([train.len_ids(row) for row in rows], seed)
+    order = grouped_order([len_ids(row) for row in rows], seed)
     methods = {"_get_train_sampler": lambda self, dataset=None: order} if way in ("grouped by length", WORSE) else {}
     return type("Plain", (SFTTrainer,), methods)(
         model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)
@@ -219,7 +215,7 @@ def report(measured):
         "One epoch, this project's way (`ours`) against TRL's SFTTrainer as it comes (`plain`): same rows, same start,",
         f"same optimizer and schedule, batches of {BATCH}. Every line is the mean over its seeds and stands against plain's",
         "mean over the same seeds; held-out loss is per token; on a CPU the seconds are those that the process computed.",
-        "Made by `OMP_NUM_THREADS=1 python tests/bench_training.py`.",
+        "Made by `OMP_NUM_THREADS=1 python bench/training.py`.",
     ]
     for case in dict.fromkeys(run["case"] for run in measured):
         for method in dict.fromkeys(run["method"] for run in measured if run["case"] == case):

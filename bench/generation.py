@@ -4,9 +4,9 @@ Both answer the same questions with the same weights and threads, greedily, in t
 times in one process; the texts are compared. Prints a table, and as its last line one JSON object. Ends with
 exit code 1 where two texts part at a gap of the two highest logits that rounding does not explain.
 
-    python tests/bench_generation.py                                   # demo model, all its test problems
-    python tests/bench_generation.py --shape qwen3-0.6b --dtype bf16   # random weights, real questions
-    python tests/bench_generation.py --shape qwen3-0.6b --dtype bf16 --limit 1319 --modes cot thinking --library  # on a GPU
+    python bench/generation.py                                   # demo model, all its test problems
+    python bench/generation.py --shape qwen3-0.6b --dtype bf16   # random weights, real questions
+    python bench/generation.py --shape qwen3-0.6b --dtype bf16 --limit 1319 --modes cot thinking --library  # on a GPU
 
 With --shape the weights are random, the questions and the tokenizer real, and each answer is as
 long as the published cot answer of its question, or the thinking answer for the thinking mode.
@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common
+import data
+import generation
 import inference
+from model import choose_device, find_model, load_model, load_tokenizer
 
 PLAIN_BATCH = 32
 MODES = ("cot", "thinking", "few_shot", "zero_shot")
@@ -43,7 +46,7 @@ def main(argv=None):
     import torch
 
     torch.set_num_threads(args.threads)
-    device = common.choose_device(None)
+    device = choose_device(None)
     tokenizer, model = load(args, device)
     print(f"{args.threads} threads, {args.dtype}, {device}, {model.num_parameters() / 1e6:.2f} M parameters")
     results = {mode: compare(args, mode, model, tokenizer) for mode in args.modes}
@@ -86,8 +89,8 @@ def load(args, device):
     import transformers
 
     if not args.shape:
-        files = common.find_model(str(ROOT / "demo/model"))
-        return common.load_tokenizer(files), common.load_model(files, args.dtype, device)
+        files = find_model(str(ROOT / "demo/model"))
+        return load_tokenizer(files), load_model(files, args.dtype, device)
     torch.manual_seed(0)
     dtype = getattr(torch, common.DTYPES[args.dtype])
     model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**QWEN3_06B), dtype=dtype)
@@ -97,7 +100,7 @@ def load(args, device):
 def compare(args, mode, model, tokenizer):
     """Time both ways in turn; returns medians, their ratio and how many texts differ."""
     requests = build_requests(args, mode, model, tokenizer)
-    stop_ids = [] if args.shape else sorted(common.stop_token_ids(model, tokenizer))
+    stop_ids = [] if args.shape else sorted(generation.stop_token_ids(model, tokenizer))
     ways = {"ours": ours, "plain": plain} | ({"library": library} if args.library else {})
     seconds, tokens = {name: [] for name in ways}, {}
     for _ in range(args.repeats):
@@ -135,8 +138,8 @@ def compare(args, mode, model, tokenizer):
 
 def build_requests(args, mode, model, tokenizer):
     folder = str(args.shared / "gsm8k") if args.shape else str(ROOT / "demo/problems")
-    questions = common.load_questions(folder, "test")[: args.limit]
-    examples = [(item.question, item.answer) for item in common.load_questions(folder, "train")[:3]]
+    questions = data.load_questions(folder, "test")[: args.limit]
+    examples = [(item.question, item.answer) for item in data.load_questions(folder, "train")[:3]]
     prompts = [common.build_prompt(mode, item.question, tokenizer, examples) for item in questions]
     ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     if args.shape:
@@ -146,13 +149,13 @@ def build_requests(args, mode, model, tokenizer):
     else:
         positions = model.config.max_position_embeddings
         limits = [min(inference.MAX_NEW_TOKENS[mode], positions - len(prompt)) for prompt in ids]
-    return [common.Request(i, 0, *pair) for i, pair in enumerate(zip(ids, limits, strict=True))]
+    return [generation.Request(i, 0, *pair) for i, pair in enumerate(zip(ids, limits, strict=True))]
 
 
 def ours(model, tokenizer, requests, stop_ids):
     if not stop_ids:  # random weights: only the limits end a row
         tokenizer, model.generation_config.eos_token_id = without_end(tokenizer), None
-    done = common.generate(model, tokenizer, requests, note=lambda line: print(line, file=sys.stderr))
+    done = generation.generate(model, tokenizer, requests, note=lambda line: print(line, file=sys.stderr))
     return {completion.id: completion.token_ids for completion in done}
 
 
