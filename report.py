@@ -6,7 +6,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from common import STATUSES, UserError, printable, write_atomically
+from common import UserError, printable, write_atomically
+from reading import STATUSES
 from scores import (
     accuracy_interval,
     count_votes,

@@ -12,18 +12,8 @@ from statistics import NormalDist
 from typing import NamedTuple
 from zlib import crc32
 
-from common import (
-    PUBLISHED_KEYS,
-    UserError,
-    grade,
-    is_run_record,
-    last_number,
-    read_final,
-    read_gold,
-    read_json,
-    read_jsonl,
-    score_published,
-)
+from common import PUBLISHED_KEYS, UserError, is_run_record, read_json, read_jsonl
+from reading import grade, last_number, read_final, read_gold, score_published
 
 Z95 = NormalDist().inv_cdf(0.975)
 

@@ -38,13 +38,13 @@ from common import (
     part_from_all,
     printable,
     processes,
-    read_gold,
     read_jsonl,
     strip_annotations,
     wait_for_all,
     write_atomically,
 )
 from data import hash_questions, load_questions
+from reading import read_gold
 from runs import claim_folder, describe_run, drop_checkpoints, locked, write_record
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")

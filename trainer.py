@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from common import Decoding, Terminated, is_main, log, processes, score_final, thinking_is_open
+from common import Decoding, Terminated, is_main, log, processes, thinking_is_open
 from generation import Request, generate
 from model import positions
+from reading import score_final
 
 EVAL_MAX_NEW_TOKENS = (
     512  # the longest reference completion of GSM8K's train split has 456 tokens; more where rows are longer

@@ -41,13 +41,13 @@ from common import (
     INSTRUCTIONS,
     MODES,
     build_prompt,
-    score_final,
     strip_annotations,
     thinking_is_open,
     write_atomically,
 )
 from demo.templates import TEMPLATES, draw_problem
 from generation import Request, generate
+from reading import score_final
 from scores import wilson
 
 DEMO = Path(__file__).parent

@@ -14,7 +14,7 @@ from collections import defaultdict
 import pytest
 from conftest import ROOT, SHARED
 
-from common import grade, read_final, read_gold, read_published, score_published
+from reading import grade, read_final, read_gold, read_published, score_published
 
 FILES = (
     "zero_shot_model_outputs",

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common import STATUSES, UserError, read_final, read_gold, read_published, score_final, score_published
+from common import UserError
+from reading import STATUSES, read_final, read_gold, read_published, score_final, score_published
 
 READ = {
     "#### 18": 18,

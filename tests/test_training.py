@@ -17,10 +17,11 @@ import model as model_module
 import runs
 import train
 import train_lora
-from common import UserError, build_prompt, chatml_think_prefill, hash_file, read_json, score_final
+from common import UserError, build_prompt, chatml_think_prefill, hash_file, read_json
 from data import load_questions
 from generation import Request, generate
 from model import find_model, load_model, load_tokenizer
+from reading import score_final
 from trainer import EVAL_MAX_NEW_TOKENS, IGNORED, ScoredTrainer, SFTTrainer, build_config, build_trainer, epoch_order
 
 MODEL = str(ROOT / "demo/model")
