@@ -229,11 +229,18 @@ HARMFUL = (
 )
 
 
-@pytest.mark.parametrize("piece", HARMFUL, ids=ascii)
-def test_a_megabyte_of_anything_is_read_in_a_fraction_of_a_second(piece):
-    text = piece * (1_000_000 // len(piece))
-    for completion in (text, "#### 1" + text, text + "#### 1", text + "####", "\\boxed{1" + text):
+def seconds_to_score(piece, size):
+    """CPU time to score five completions of this size, the best of three."""
+    text, times = piece * (size // len(piece)), []
+    for _ in range(3):
         start = time.process_time()
-        score_final(completion, "#### 18")
-        score_published(completion, "#### 18")
-        assert time.process_time() - start < 0.9
+        for completion in (text, "#### 1" + text, text + "#### 1", text + "####", "\\boxed{1" + text):
+            score_final(completion, "#### 18")
+            score_published(completion, "#### 18")
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("piece", HARMFUL, ids=ascii)
+def test_scoring_takes_time_in_proportion_to_the_text(piece):
+    assert seconds_to_score(piece, 200_000) / seconds_to_score(piece, 50_000) < 8  # a quadratic reader takes 16 times
