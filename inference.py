@@ -278,7 +278,7 @@ def print_prompts(prompts, tokenizer):
 def run_record(args, files, tokenizer, questions, prompts, device, dtype):
     """What decides the output and what describes this run, for NAME.run.json."""
 
-    from model import TOKENIZER_FILES
+    from model import TOKENIZER_FILES, quantization
 
     sampling = args.decoding if args.do_sample else None
     few_shot = args.mode == "few_shot"
@@ -309,6 +309,7 @@ def run_record(args, files, tokenizer, questions, prompts, device, dtype):
     decides |= {f"sha256 of {name}": value for name, value in hashes.items()}
     segment = {
         "model": args.model_id,
+        "quantization": quantization(files),
         "dataset": args.dataset,
         "limit": args.limit,
         "num_samples": args.num_samples,

@@ -26,14 +26,20 @@ CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's folder on disk. For a LoRA adapter, `base` is the model that its config names."""
+    """A model's folder on disk. For a LoRA adapter, `base` is the model that its config names.
+
+    `gguf` names the one file that holds weights, config and tokenizer, where the model is a GGUF file.
+    """
 
     name: str
     folder: Path
     base: "ModelFiles | None"
+    gguf: str | None = None
 
     def hashes(self, patterns=MODEL_FILES):
         """SHA-256 by file name, the base's under `base/`."""
+        if self.gguf:
+            return {self.gguf: hash_file(self.folder / self.gguf)}
         found = sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
         own = {path.name: hash_file(path) for path in found}
         return own | {f"base/{name}": value for name, value in (self.base.hashes() if self.base else {}).items()}
@@ -46,9 +52,13 @@ def find_model(model_id, as_base=False):
     weight index that names files of another kind, an attention function fetched from the hub.
     """
     folder = Path(model_id).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        return find_gguf(model_id, folder)
     if not folder.is_dir():
         if folder.exists() or model_id.startswith((".", "/", "~")):
-            raise UserError(f"--model-id {model_id}: not a model folder; pass a folder with config.json, or a hub id")
+            raise UserError(
+                f"--model-id {model_id}: not a model; pass a folder with config.json, a .gguf file, or a hub id"
+            )
         folder = download_model(model_id)
     if (folder / "adapter_config.json").is_file():
         if as_base:
@@ -59,6 +69,11 @@ def find_model(model_id, as_base=False):
         if not base or not isinstance(base, str):
             raise UserError(f"{folder}/adapter_config.json: names no base model (base_model_name_or_path)")
         return ModelFiles(model_id, folder, find_model(base, as_base=True))
+    quantized = sorted(folder.glob("*.gguf"))
+    if len(quantized) == 1 and not (folder / "config.json").is_file():
+        return find_gguf(model_id, quantized[0])
+    if len(quantized) > 1 and not (folder / "config.json").is_file():
+        raise UserError(f"--model-id {model_id}: holds {len(quantized)} GGUF files; pass one of them: {quantized[0]}")
     if not (folder / "config.json").is_file():
         raise UserError(f"--model-id {model_id}: not a model folder: no config.json or adapter_config.json in it")
     if not any(folder.glob("*.safetensors")):
@@ -77,9 +92,33 @@ def find_model(model_id, as_base=False):
     return ModelFiles(model_id, folder, None)
 
 
+def find_gguf(model_id, path):
+    """The one file of a GGUF model; raises UserError where it is none, or the package that reads it is missing."""
+    from importlib.util import find_spec
+
+    if not find_spec("gguf"):
+        raise UserError(f"--model-id {model_id}: reading GGUF files wants the package gguf: pip install gguf")
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"--model-id {model_id}: {path} is not a GGUF file: it does not begin with GGUF")
+    return ModelFiles(model_id, path.parent, None, path.name)
+
+
+def quantization(files):
+    """How the weights of a GGUF file are quantized, such as MOSTLY_Q4_1; None for other models."""
+    if not files.gguf:
+        return None
+    from gguf import GGUFReader, LlamaFileType
+
+    field = GGUFReader(files.folder / files.gguf).get_field("general.file_type")
+    return None if field is None else LlamaFileType(int(field.contents())).name
+
+
 def find_tokenizer(name):
-    """The files of a tokenizer alone, by folder or hub id: a server has the weights."""
+    """The files of a tokenizer alone, by folder, GGUF file or hub id: a server has the weights."""
     folder = Path(name).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        return find_gguf(name, folder)
     return ModelFiles(name, folder if folder.is_dir() else download_model(name, TOKENIZER_FILES), None)
 
 
@@ -100,10 +139,10 @@ def download_model(model_id, patterns=MODEL_FILES):
 def load_tokenizer(files):
     from transformers import AutoTokenizer
 
-    has_own = any(files.folder.glob("tokenizer*"))
-    folder = files.folder if has_own or not files.base else files.base.folder
+    has_own = files.gguf or any(files.folder.glob("tokenizer*"))
+    source = files if has_own or not files.base else files.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf, trust_remote_code=False)
     except Exception as error:  # a damaged file raises whatever its parser raises
         raise UserError(f"--model-id {files.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not tokenizer("0")["input_ids"]:  # without its files transformers makes one that knows no text
@@ -125,18 +164,21 @@ def load_model(files, dtype, device):
 
     An adapter is merged in fp32 and rounded once: added to bf16 weights most of it would be lost.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    final = getattr(torch, DTYPES[dtype])
+    final, full = getattr(torch, DTYPES[dtype]), files.base or files
     try:
-        refuse_too_large(files.base or files, 4 if files.base else final.itemsize, device)
+        refuse_too_large(full, 4 if files.base else final.itemsize, device)
         model, report = AutoModelForCausalLM.from_pretrained(
-            (files.base or files).folder,
+            full.folder,
+            gguf_file=full.gguf,
+            # Plain weights, which can be saved and trained. Packed ones would need kernels from the hub.
+            quantization_config=GgufConfig(dequantize=True) if full.gguf else None,
             dtype=torch.float32 if files.base else final,
-            use_safetensors=True,
+            use_safetensors=None if full.gguf else True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they come with the report, by name
             output_loading_info=True,
@@ -165,10 +207,15 @@ def refuse_too_large(files, element, device):
     from safetensors import safe_open
 
     weights, folder = 0, files.folder
+    if files.gguf:
+        from gguf import GGUFReader
+
+        weights = sum(int(tensor.n_elements) for tensor in GGUFReader(folder / files.gguf).tensors)
     index = next(folder.glob("*.safetensors.index.json"), None)
     names = (
         set(read_json(index)["weight_map"].values()) if index else {path.name for path in folder.glob("*.safetensors")}
     )
+    names = () if files.gguf else names
     for name in names:
         with safe_open(folder / name, "pt") as file:
             weights += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
