@@ -252,13 +252,28 @@ def exact_decimal(digits):
     return Fraction(int(whole + part), 10 ** len(part)) if part else int(whole or 0)
 
 
-def read_gold(ground_truth_answer):
-    """The exact number after the last `####` of a reference answer; raises UserError without one."""
+BARE_NUMBER = re.compile(rf"\s*([-+]?)({NUMBER})\.?(?:[eE]([-+]?[0-9]{{1,3}})|\s*/\s*({NUMBER}))?\s*")
+
+
+def read_gold(ground_truth_answer: str) -> int | Fraction:
+    """The exact number of a reference answer: after its last `####`, or all of it where it is a bare number.
+
+    Exponents (`2.0107e-06`) are read too: data sets that store floats print them. Raises UserError for any other text.
+    """
     _, marker, tail = ground_truth_answer.rpartition("####")
-    number = read_line(tail) if marker else None
+    bare = len(tail) <= LONGEST_ANSWER and BARE_NUMBER.fullmatch(tail)
+    if bare:
+        sign, top, exponent, bottom = bare.groups()
+        number = exact(sign, top, bottom)
+        if exponent:
+            number *= Fraction(10) ** int(exponent)
+    else:
+        number = read_line(tail) if marker else None
     if number is None or number is AMBIGUOUS:
-        raise UserError(f"ground_truth_answer does not end in '#### <number>': {ground_truth_answer[-40:]!a}")
-    return number
+        raise UserError(
+            f"ground_truth_answer is no number and does not end in '#### <number>': {ground_truth_answer[-40:]!a}"
+        )
+    return int(number) if number.denominator == 1 else number
 
 
 def score_final(model_output, ground_truth_answer, thinking_open=False):
@@ -267,8 +282,18 @@ def score_final(model_output, ground_truth_answer, thinking_open=False):
     return grade(reading, read_gold(ground_truth_answer))
 
 
-def grade(reading, gold):
+def grade(reading: Reading, gold: int | Fraction) -> str:
     """A Reading held against the exact reference number, as one of STATUSES."""
     if reading.status != "read":
         return reading.status
-    return "right" if reading.number == gold else "wrong"
+    return "right" if meets(reading.number, gold) else "wrong"
+
+
+def meets(number: int | Fraction, gold: int | Fraction) -> bool:
+    """Whether a number is the reference: an integer exactly, another within a relative 1e-4 or an absolute 1e-6.
+
+    Data sets round such references, so a right answer often has other digits at its end.
+    """
+    if gold.denominator == 1:
+        return number == gold
+    return abs(number - gold) <= max(abs(gold) / 10**4, Fraction(1, 10**6))

@@ -257,7 +257,7 @@ DATA = {
     "completion null": (lambda: score(write("x.jsonl", [ROW | {"model_output": None}])), "x.jsonl:1", "'model_output'"),
     "id a list": (lambda: score(write("x.jsonl", [ROW | {"id": [1]}])), "x.jsonl:1", "'id'"),
     "no number to hold against": (
-        lambda: score(write("x.jsonl", [ROW | {"ground_truth_answer": "2"}])), "x.jsonl:1", "####"),
+        lambda: score(write("x.jsonl", [ROW | {"ground_truth_answer": "two"}])), "x.jsonl:1", "####"),
     "completion twice": (lambda: score(write("x.jsonl", [ROW, ROW])), "x.jsonl", "repeat"),
     "other questions compared": (
         lambda: score(write("x.jsonl", [ROW]), write("y.jsonl", [ROW | {"id": 1}]), "--compare"), "--compare", "x.jsonl"),

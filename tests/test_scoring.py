@@ -164,11 +164,43 @@ def test_the_span_of_a_reading_is_what_was_read():
     assert text[reading.start : reading.end] == " 18 eggs"
 
 
-def test_a_reference_answer_without_a_number_is_an_error_and_not_a_wrong_answer():
-    assert read_gold("2 * 1,000 = 2,000\n#### 2,000") == 2000
-    for answer in ("2000", "####", "#### 4 and 6"):
-        with pytest.raises(UserError, match="####"):
-            read_gold(answer)
+REFERENCES = {
+    "2 * 1,000 = 2,000\n#### 2,000": 2000,
+    "2000": 2000,
+    " -51.0 ": -51,
+    "1,234.5": Fraction(2469, 2),
+    "1/3": Fraction(1, 3),
+    "2.0107e-06": Fraction(20107, 10**10),
+    "6.1e+16": 61 * 10**15,
+    "#### 2.5E-3": Fraction(1, 400),
+}
+
+
+@pytest.mark.parametrize("answer", REFERENCES)
+def test_a_reference_is_a_bare_number_or_the_number_after_its_marker(answer):
+    assert read_gold(answer) == REFERENCES[answer]
+
+
+@pytest.mark.parametrize("answer", ["eighteen", "", "####", "#### 4 and 6", "1/0", "nan", "18 19", "9" * 5000])
+def test_a_reference_answer_without_a_number_is_an_error_and_not_a_wrong_answer(answer):
+    with pytest.raises(UserError, match="####"):
+        read_gold(answer)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "status"),
+    [
+        ("#### 0.33333", "1/3", "right"),
+        ("#### 0.333", "1/3", "wrong"),
+        ("#### 0.0000020108", "2.0107e-06", "right"),  # less than an absolute 1e-6 away
+        ("#### 0.0000040107", "2.0107e-06", "wrong"),
+        ("#### 1234567.5", "1234567.25", "right"),
+        ("#### 10000001", "10000000", "wrong"),  # an integer is met exactly
+        ("#### 51", "51.0", "right"),
+    ],
+)
+def test_a_reference_with_a_fraction_part_is_met_closely_and_an_integer_exactly(completion, reference, status):
+    assert score_final(completion, reference) == status
 
 
 PUBLISHED = {  # by the published rule, by final answer
