@@ -62,7 +62,10 @@ def main(argv=None):
     from model import choose_device, choose_dtype, find_model, find_tokenizer, load_model, load_tokenizer
 
     args = parse_args(argv)
-    files = find_tokenizer(args.tokenizer or args.model_id) if args.server else find_model(args.model_id)
+    if args.server:
+        files = find_tokenizer(args.tokenizer or args.model_id, "--tokenizer" if args.tokenizer else "--model-id")
+    else:
+        files = find_model(args.model_id, args.base_model)
     questions = load_questions(args.dataset, args.split)
     examples = load_examples(args, questions)
     tokenizer = load_tokenizer(files)
@@ -100,6 +103,10 @@ def parse_args(argv):
         "--model-id",
         default="Qwen/Qwen3-0.6B",
         help="hub id or folder of a model or LoRA adapter (default %(default)s)",
+    )
+    add(
+        "--base-model",
+        help="of an adapter: hub id, folder or GGUF file of its base (default what its adapter_config.json names)",
     )
     add(
         "--dataset",
@@ -179,7 +186,8 @@ def server_url(text):
 
 def fill_defaults(args):
     """Defaults that depend on the mode, and refusal of flags that contradict it or each other."""
-    local = {"--dtype": args.dtype, "--device": args.device, "--think-budget": args.think_budget}
+    local = {"--dtype": args.dtype, "--device": args.device, "--base-model": args.base_model}
+    local["--think-budget"] = args.think_budget
     local["--batch-size"] = None if args.batch_size == "auto" else args.batch_size
     for flag, value in (
         local if args.server else {"--tokenizer": args.tokenizer, "--concurrency": args.concurrency}

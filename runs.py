@@ -296,10 +296,9 @@ def describe_run(device=None):
     if device is not None:
         import torch
 
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        )
-        described |= {"device": f"{device.type}: {name}", "threads": torch.get_num_threads()}
+        from model import device_name
+
+        described |= {"device": f"{device.type}: {device_name(device)}", "threads": torch.get_num_threads()}
     return described
 
 

@@ -423,6 +423,7 @@ def activation_bytes_per_token(model, element, fused_head):
 def finish(args, trainer, record):
     """The model with its tokenizer, the trainer's state, curves, card and record; then no more checkpoints."""
 
+    from model import merge
     from trainer import NOT_IMPROVED, evaluations, improved
 
     best = evaluations(trainer).get(trainer.state.best_global_step)
@@ -431,7 +432,7 @@ def finish(args, trainer, record):
             f"--learning-rate {args.learning_rate:g}: the training diverged before it was of any use; pass a smaller one"
         )
     if getattr(args, "merge", False):
-        trainer.model = trainer.model.float().merge_and_unload()
+        trainer.model = merge(trainer.model.float())
     trainer.save_model()
     trainer.save_state()
     wait_for_all()  # until each has read the best checkpoint

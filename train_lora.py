@@ -11,6 +11,7 @@ The output is the adapter, which inference.py takes beside its base; --merge wri
 """
 
 import sys
+from pathlib import Path
 
 from common import UserError, at_least, command_line
 from train import above_0, build_parser, fine_tune, from_0
@@ -64,7 +65,9 @@ def load_with_adapter(args, files, device):
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
-    model.peft_config["default"].base_model_name_or_path = args.model_id
+    # A path as typed would be looked for in whatever folder the adapter is used.
+    here = Path(args.model_id).expanduser()
+    model.peft_config["default"].base_model_name_or_path = str(here.resolve()) if here.exists() else args.model_id
     return model
 
 
