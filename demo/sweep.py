@@ -1,6 +1,6 @@
 """Shows what learning rates do to the demo, and picks each method's best by held-out training problems.
 
-    python -m demo.sweep outputs/demo-train
+    python demo/sweep.py outputs/demo/model/train/rates
 
 Reads the run records in FOLDER/METHOD/RATE, prints eval_score and eval_loss of each, and links
 FOLDER/METHOD/best to the rate with the highest score, at equal scores the lowest loss. The published
@@ -11,6 +11,8 @@ The rates suit the demo's small model and say nothing about another.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from common import UserError, command_line, read_json
 
 PUBLISHED_RATE = "1e-6"
@@ -18,7 +20,7 @@ PUBLISHED_RATE = "1e-6"
 
 @command_line
 def main(argv=None):
-    (folder,) = map(Path, argv or sys.argv[1:])
+    (folder,) = map(Path, sys.argv[1:] if argv is None else argv)
     print(f"{'method':<12}{'learning rate':>14}{'eval_score':>20}{'eval_loss':>12}")
     for method in sorted(path for path in folder.iterdir() if path.is_dir() and rates(path)):
         results = {rate: read_result(method / rate) for rate in sorted(rates(method), key=float)}
@@ -41,7 +43,7 @@ def rates(method):
 def read_result(run):
     result = read_json(run / "train.run.json")["result"]
     if not result:
-        raise UserError(f"{run}: not finished; make demo-train goes on with it")
+        raise UserError(f"{run}: not finished; python reproduce.py run rates --model-id demo/model goes on with it")
     return result
 
 

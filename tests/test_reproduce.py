@@ -1,123 +1,332 @@
-"""`make reproduce` runs every row, and each row runs again only where its recipe has changed.
+"""`reproduce.py` runs the experiments of its table, goes on where it was stopped, and reports those that are there.
 
-The commands that make would run are run here in this process, for importing torch anew takes seconds.
+Commands of the other scripts are run in this process, for importing torch anew takes seconds.
 """
 
 import gzip
 import json
-import os
 import re
-import shlex
+import shutil
+import signal
 import subprocess
-import sys
+import threading
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 
+import benchmark
 import common
 import inference
-import model
+import reproduce
 import train
 import train_lora
+from reproduce import Sizes, Step
 
-MAINS = {"inference.py": inference.main, "train.py": train.main, "train_lora.py": train_lora.main}
-SPLITS = {"train": 48, "test": 5}
+MAINS = {"inference.py": inference.main, "train.py": train.main, "train_lora.py": train_lora.main,
+         "benchmark.py": benchmark.main}  # fmt: skip
+SMALL = Sizes(
+    seeds=(1,), training={"max_steps": 2, "eval_size": 16, "eval_questions": 4}, own_training={}, budgets=(16, 32)
+)
+QUESTIONS = {"train": 48, "test": 5}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Few of the demo's problems, and folders for outputs and results."""
+    """A folder with few of the demo's problems, for outputs and results."""
     place = tmp_path_factory.mktemp("reproduce")
-    for split, count in SPLITS.items():
+    for split, count in QUESTIONS.items():
         lines = (ROOT / f"demo/problems/{split}.jsonl").read_text().splitlines(keepends=True)[:count]
         (place / f"{split}.jsonl").write_text("".join(lines))
     return place
 
 
-def commands(place, target, **variables):
-    """The shell commands of a target at the smallest size."""
-    small = {
-        "MODEL": "demo/model", "DATASET": place, "OUT": place / "outputs", "RESULTS": place / "results",
-        "TRAINED": place / "trained", "PY": sys.executable, "SEEDS": "1", "STEPS": 2, "TRAIN_LIMIT": "",
-        "EVAL": "--eval-size 16 --eval-questions 4", "BUDGETS": "16 32",
-    }  # fmt: skip
-    settings = [f"{name}={value}" for name, value in (small | variables).items()]
-    listed = subprocess.run(
-        ["make", "-n", "--no-print-directory", "-o", ".venv/installed", target, *settings],
-        cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | {"MAKEFLAGS": ""},
-    )  # fmt: skip
-    return [line for line in listed.stdout.splitlines() if not re.match(r"(\w+=\S* )*make ", line)]
+def setup_in(place, **changes):
+    values = {"model": str(ROOT / "demo/model"), "dataset": str(place), "name": "small",
+              "answers": place / "outputs", "trained": place / "outputs/train", "sizes": SMALL}  # fmt: skip
+    return reproduce.Setup(**values | changes)
 
 
-def perform(lines):
-    for line in lines:
-        words = shlex.split(line)
-        if len(words) > 1 and words[1] in MAINS:
-            assert MAINS[words[1]](words[2:]) in (0, None), line
-        else:
-            subprocess.run(line, shell=True, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+def run_here(names, setup):
+    table = reproduce.experiments(setup.sizes)
+    steps = reproduce.plan(reproduce.choose(table, names), table, setup)
+    for step in steps:
+        assert MAINS[step.command[0]](list(step.command[1:])) in (0, None), step.command
+    return steps
 
 
 @pytest.fixture(scope="module")
 def reproduced(place):
-    perform(commands(place, "reproduce"))
+    """One experiment of each kind: prompted, with budgets, fine-tuned, and trained on own right answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        setup = setup_in(place)
+        run_here(["cot_model_outputs", "Qwen3-GSM8k-LoRA-r4-FP32-eval-score", "thinking", "own-answers"], setup)
+        reproduce.write_report(reproduce.experiments(SMALL), setup)
     return place
 
 
-def test_the_whole_recipe_leaves_every_row_its_table_and_its_pictures(reproduced):
-    results = reproduced / "results"
-    page = (results / "README.md").read_text()
-    published = common.read_json(ROOT / "results/published.json")["rows"]
-    rows = [path.name.removesuffix(".jsonl.gz") for path in results.glob("*.jsonl.gz")]
-    assert set(published) < set(rows) and len(rows) == 12 + 6 + 4 + 3 + 2
-    for row in rows:
-        assert f"| {re.sub('-seed1$', '', row)} |" in page, row
-        lines = [json.loads(line) for line in gzip.decompress((results / f"{row}.jsonl.gz").read_bytes()).splitlines()]
-        assert {line["id"] for line in lines} == set(range(SPLITS["test"]))
-        assert (results / f"{row}.run.json").exists()
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
-        assert (results / picture).stat().st_size > 10_000
-    assert page.count("python inference.py") == len(rows) + 2  # two rows stand in a second table as well
-    assert len(list((results / "train").iterdir())) == 5 + 4 + 2
+def test_every_command_of_the_table_is_one_that_its_script_takes(place):
+    parsers = {
+        "inference.py": inference.parse_args,
+        "train.py": lambda words: train.build_parser("train.py", "", 1e-5, "").parse_args(words),
+        "train_lora.py": train_lora.parse_args,
+        "benchmark.py": benchmark.parse,
+    }
+    (place / "outputs").mkdir(exist_ok=True)
+    table = reproduce.experiments(reproduce.DEMO_SIZES)
+    steps = reproduce.plan(table, table, setup_in(place, sizes=reproduce.DEMO_SIZES))
+    scripts = {step.command[0] for step in steps}
+    assert scripts == {*parsers, "demo/sweep.py"} and len(steps) > 80
+    for script, *words in (step.command for step in steps):
+        if script in parsers:
+            parsers[script](words)
+            flags = [word for word in words if word.startswith("--")]
+            assert len(flags) == len(set(flags)), words  # an override replaces
 
 
-def test_the_rows_follow_the_published_protocol(reproduced):
-    for name, row in common.read_json(ROOT / "results/published.json")["rows"].items():
-        decides = common.read_json(reproduced / f"results/{name}.run.json")["decides"]
-        wanted = {key: value for key, value in row["protocol"].items() if key != "model"}
-        assert {key: decides[key] for key in wanted} == wanted, name
+def test_published_experiments_are_made_by_the_published_protocol(place):
+    table = reproduce.experiments(Sizes())
+    rows = common.read_json(ROOT / "results/published.json")["rows"]
+    for row in reproduce.choose(table, ["published"]):
+        protocol = rows[row.name]["protocol"]
+        *before, step = reproduce.plan([row], table, setup_in(place, sizes=Sizes()))
+        args = inference.parse_args(list(step.command[1:]))
+        made = vars(args) | {name: getattr(args.decoding, name) for name in ("temperature", "top_p", "top_k")}
+        for name, value in protocol.items():
+            if name != "model":
+                assert made[name] == value, (row.name, name)
+        script = {"SFT": ["train.py"], "LoRA": ["train_lora.py"]}.get("".join(re.findall("SFT|LoRA", row.name)), [])
+        assert [other.command[0] for other in before] == script, row.name
 
 
-def test_a_finished_row_is_left_alone_and_one_of_another_recipe_is_made_again(reproduced, capsys):
-    row = reproduced / "outputs/cot_model_outputs.jsonl"
-    before = row.stat().st_mtime_ns
-    perform(commands(reproduced, "row/cot_model_outputs"))
-    assert "finished already" in capsys.readouterr().out and row.stat().st_mtime_ns == before
-    record = row.with_suffix(".run.json")
+def test_a_training_that_several_experiments_need_is_run_once_and_first(place):
+    table = reproduce.experiments(Sizes())
+    names = ["Qwen3-GSM8k-SFT-FP32-temp06", "SFT-FP32-cot", "Qwen3-GSM8k-SFT-FP32-temp0"]
+    steps = reproduce.plan(reproduce.choose(table, names), table, setup_in(place, sizes=Sizes()))
+    assert [step.name for step in steps] == [
+        "train/Qwen3-GSM8k-SFT-FP32", "Qwen3-GSM8k-SFT-FP32-temp0", "Qwen3-GSM8k-SFT-FP32-temp06", "SFT-FP32-cot",
+    ]  # fmt: skip
+
+
+def test_limits_steps_and_seeds_of_the_command_line_replace_those_of_the_table(capsys):
+    flags = ["--limit", "7", "--max-steps", "9", "--seeds", "3", "5", "--dry-run"]
+    reproduce.main(["run", "lora-r4", "own-answers", "cot", *flags])
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "train" in line.split()[1]]) == 4
+    for line in lines:
+        script, answers_train = line.split()[1], "--split train" in line
+        if script.startswith("train"):
+            assert line.count("--max-steps 9") == 1 and ("--seed 3" in line or "--seed 5" in line)
+        elif script == "inference.py":
+            assert ("--limit 7" in line) != answers_train and line.count("--limit") <= 1
+
+
+def test_published_checkpoints_stand_in_for_own_training(capsys):
+    reproduce.main(["run", "published", "--checkpoints", "published", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and all(line.split()[1] == "inference.py" for line in lines)
+    assert sum("--model-id AnirudhCheruvu/Qwen3-GSM8k-" in line for line in lines) == 6
+    assert all("--output outputs/Qwen/Qwen3-0.6B-published/" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "cott"], "cott: no such experiment or group"),
+        (["run", "cot", "--name", "../elsewhere"], "--name ../elsewhere"),
+        (["report", "--name", "never-run"], "nothing to report yet"),
+        (["run", "rates"], "rates: no such experiment"),
+    ],
+)
+def test_a_wrong_word_is_named_and_nothing_is_written(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main(words)
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_tells_tokens_and_time_of_every_experiment_before_it_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    reproduce.main(["list"])
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line.split() for line in lines if line.startswith("cot_model_outputs"))
+    assert row == ["cot_model_outputs", "published", "-", "1,319", f"{1319 * 176:,}", "0", "3.6", "h"]
+    assert "27 experiments, 11 trainings" in lines[-2] and not list(tmp_path.iterdir())
+
+
+def test_the_list_takes_rates_and_lengths_from_the_records_that_are_there(reproduced, monkeypatch):
+    monkeypatch.chdir(reproduced)
+    setup = setup_in(reproduced)
+    record = common.read_json(reproduced / "outputs/cot_model_outputs.run.json")["segments"][0]
+    (row,) = reproduce.choose(reproduce.experiments(SMALL), ["cot_model_outputs"])
+    assert reproduce.answer_tokens(row, setup) == (5, record["output_tokens"])
+    assert reproduce.measured_rates(setup)["generated"] > 0
+
+
+# ---- Running
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """Steps whose scripts note in a file when they begin and end."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "note.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "def note(text): print(text, file=open('notes.txt', 'a'), flush=True)\n"
+        "name, seconds, code = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (note('ended ' + name), sys.exit(143)))\n"
+        "note('begin ' + name); time.sleep(seconds); note('end ' + name); print('last words'); sys.exit(code)\n"
+    )
+
+    def step(name, needs=(), seconds=0, code=0):
+        return Step(name, (str(script), name, str(seconds), str(code)), needs)
+
+    return step
+
+
+def notes():
+    with open("notes.txt") as file:
+        return file.read().splitlines()
+
+
+def test_steps_run_side_by_side_and_none_before_what_it_needs(scripts, tmp_path):
+    steps = [scripts("a", seconds=0.3), scripts("b", ("a",)), scripts("c", seconds=0.1)]
+    reproduce.run_all(steps, 2, setup_in(tmp_path))
+    told = notes()
+    assert told.index("begin c") < told.index("end a") < told.index("begin b") and len(told) == 6
+
+
+def test_a_step_that_fails_is_named_and_what_needs_it_is_not_run(scripts, tmp_path):
+    steps = [scripts("a", code=3), scripts("b", ("a",)), scripts("c", ("a",))]
+    with pytest.raises(common.UserError, match="a: failed with exit code 3.*last words"):
+        reproduce.run_all(steps, 2, setup_in(tmp_path))
+    assert notes() == ["begin a", "end a"]
+
+
+def test_ctrl_c_ends_the_running_steps_and_waits_for_them(scripts, tmp_path):
+    steps = [scripts("a", seconds=60), scripts("b", seconds=60), scripts("c")]
+    begun = threading.Event()
+
+    def interrupt():
+        while not (tmp_path / "notes.txt").exists() or len(notes()) < 2:
+            begun.wait(0.05)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run_all(steps, 2, setup_in(tmp_path))
+    assert sorted(notes()) == ["begin a", "begin b", "ended a", "ended b"]
+
+
+def test_a_finished_experiment_is_left_alone_and_one_of_another_recipe_is_made_again(reproduced, capsys, monkeypatch):
+    monkeypatch.chdir(reproduced)
+    output = reproduced / "outputs/cot_model_outputs.jsonl"
+    before = output.stat().st_mtime_ns
+    run_here(["cot_model_outputs"], setup_in(reproduced))
+    assert "finished already" in capsys.readouterr().out and output.stat().st_mtime_ns == before
+    record = output.with_suffix(".run.json")
     record.write_text(record.read_text().replace('"max_new_tokens": 512', '"max_new_tokens": 100'))
-    perform(commands(reproduced, "row/cot_model_outputs"))
+    run_here(["cot_model_outputs"], setup_in(reproduced))
     assert "max_new_tokens" in capsys.readouterr().out
-    assert row.stat().st_mtime_ns > before and common.read_json(record)["decides"]["max_new_tokens"] == 512
+    assert output.stat().st_mtime_ns > before and common.read_json(record)["decides"]["max_new_tokens"] == 512
 
 
-def test_the_published_checkpoints_are_evaluated_in_place_of_own_training(place, tmp_path):
-    """Stand-ins of the published names: the full models a copy of the demo's, the adapters new ones."""
-    import peft
-    import transformers
+# ---- The report
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "demo/model")
-    for name in ("SFT-FP32-eval-score", "SFT-FP32", "SFT-BF16"):
-        base.save_pretrained(tmp_path / f"hub/Qwen3-GSM8k-{name}")
-        model.load_tokenizer(model.find_model(str(ROOT / "demo/model"))).save_pretrained(
-            tmp_path / f"hub/Qwen3-GSM8k-{name}"
+
+def test_the_report_holds_every_experiment_that_is_there_with_answers_and_pictures(reproduced):
+    results = reproduced / "results/small"
+    page = (results / "README.md").read_text()
+    names = {path.name.removesuffix(".jsonl.gz") for path in results.glob("*.jsonl.gz")}
+    assert names == {"cot_model_outputs", "Qwen3-GSM8k-LoRA-r4-FP32-eval-score", "thinking-budget-16",
+                     "thinking-budget-32", "own-answers-seed1"}  # fmt: skip
+    for name in names:
+        assert f"| {name.removesuffix('-seed1')} |" in page
+        lines = [json.loads(line) for line in gzip.decompress((results / f"{name}.jsonl.gz").read_bytes()).splitlines()]
+        assert {line["id"] for line in lines} == set(range(QUESTIONS["test"]))
+        assert (results / f"{name}.run.json").exists()
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert pictures == ["published.png", "past.png"]
+    assert all((results / picture).stat().st_size > 10_000 for picture in pictures)
+    assert {path.name.removesuffix(".run.json") for path in (results / "train").iterdir()} == {
+        "Qwen3-GSM8k-LoRA-r4-FP32-eval-score", "own-answers-seed1",
+    }  # fmt: skip
+
+
+def test_a_report_tells_no_folder_of_the_machine(reproduced):
+    """Neither of the model nor of the data: a file's name and hash say what it is."""
+    results = reproduced / "results/small"
+    texts = [(results / "README.md").read_text()] + [path.read_text() for path in results.rglob("*.run.json")]
+    setup = setup_in(reproduced)
+    for text in texts:
+        assert f"--model-id {setup.model}" not in text and f"--dataset {setup.dataset} " not in text
+        assert f'"model": "{setup.model}"' not in text and f'"dataset": "{setup.dataset}"' not in text
+
+
+def test_an_unfinished_experiment_is_marked_and_goes_on_in_a_fresh_clone(reproduced, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    setup = setup_in(reproduced, answers=tmp_path / "outputs", trained=tmp_path / "outputs/train")
+    setup.answers.mkdir()
+    answers = (reproduced / "outputs/cot_model_outputs.jsonl").read_text()
+    record = (reproduced / "outputs/cot_model_outputs.run.json").read_text()
+    torn = "".join(answers.splitlines(keepends=True)[:2]) + '{"id": 2, "quest'
+    (setup.answers / "cot_model_outputs.jsonl.part").write_text(torn)
+    (setup.answers / "cot_model_outputs.run.json").write_text(record)
+    table = reproduce.experiments(SMALL)
+    reproduce.write_report(table, setup)
+    page = (setup.results / "README.md").read_text()
+    assert "| cot_model_outputs.part | 2 |" in page and "cot_model_outputs.part: not finished" in page
+
+    shutil.rmtree(setup.answers)
+    chosen = reproduce.choose(table, ["cot_model_outputs"])
+    reproduce.restore(chosen, setup)
+    run_here(["cot_model_outputs"], setup)
+    assert (setup.answers / "cot_model_outputs.jsonl").read_text() == answers
+    assert "2 answers are there, 3 to go" in capsys.readouterr().out
+
+    reproduce.write_report(table, setup)
+    assert {path.name for path in setup.results.glob("cot*")} == {
+        "cot_model_outputs.jsonl.gz",
+        "cot_model_outputs.run.json",
+    }
+    assert ".part" not in (setup.results / "README.md").read_text()
+
+
+def test_finished_answers_of_a_trained_model_are_kept_where_the_model_is_gone(reproduced, tmp_path, monkeypatch):
+    monkeypatch.chdir(reproduced)
+    setup = setup_in(reproduced)
+    table = reproduce.experiments(SMALL)
+    rows = reproduce.choose(table, ["Qwen3-GSM8k-LoRA-r4-FP32-eval-score", "cot_model_outputs"])
+    assert not any(reproduce.is_kept(row, table, setup) for row in rows)  # the model is here: inference.py looks itself
+    (reproduced / "outputs/train").rename(reproduced / "elsewhere")
+    try:
+        assert [row.name for row in rows if reproduce.is_kept(row, table, setup)] == [rows[1].name]
+        other = replace(setup, limit=4)
+        assert not any(reproduce.is_kept(row, table, other) for row in rows)
+    finally:
+        (reproduced / "elsewhere").rename(reproduced / "outputs/train")
+
+
+def test_a_failing_report_leaves_the_page_as_it_was(reproduced, monkeypatch):
+    monkeypatch.chdir(reproduced)
+    page, bad = reproduced / "results/small/README.md", reproduced / "results/small/maj8.jsonl.gz"
+    before = page.read_text()
+    bad.write_bytes(b"no gzip")
+    with pytest.raises(SystemExit):
+        reproduce.main(
+            ["report", "--model-id", str(ROOT / "demo/model"), "--dataset", str(reproduced), "--name", "small"]
         )
-    for rank in (4, 32):
-        adapter = peft.get_peft_model(base, peft.LoraConfig(r=rank, target_modules=["q_proj", "v_proj"]))
-        adapter.peft_config["default"].base_model_name_or_path = str(ROOT / "demo/model")
-        adapter.save_pretrained(tmp_path / f"hub/Qwen3-GSM8k-LoRA-r{rank}-FP32-eval-score")
-        base = adapter.unload()
-    own = {"CHECKPOINTS": "published", "HUB": tmp_path / "hub", "OUT": tmp_path / "outputs", "LIMIT": 2}
-    lines = [line for line in commands(place, "rows/published", **own) if "Qwen3-GSM8k" in line]
-    assert len(lines) == 6 and not any("train" in line.split()[1] for line in lines)
-    perform(lines)
-    assert len(list((tmp_path / "outputs").glob("Qwen3-GSM8k-*.jsonl"))) == 6
+    bad.unlink()
+    assert page.read_text() == before
+
+
+def test_make_reproduce_runs_and_reports():
+    command = ["make", "-n", "-o", ".venv/installed", "reproduce", "MODEL=demo/model", "DATASET=demo/problems"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    flags = "--model-id demo/model --dataset demo/problems"
+    assert [" ".join(line.split()[1:]) for line in told.splitlines()] == [
+        f"reproduce.py run {flags}", f"reproduce.py report {flags}"
+    ]  # fmt: skip
