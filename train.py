@@ -1,11 +1,12 @@
 """Fine-tune all weights of a language model on grade-school math, with TRL's SFTTrainer.
 
-Trains on exactly the prompt that `inference.py --mode chatml_think_prefill` asks with. Part of the
-train split is held out; after every epoch the model answers questions of it, and the checkpoint with
-the most right answers is the one that is kept. The test split is never read:
+Trains on exactly the prompt that inference.py asks with in the same --mode. Part of the train split is
+held out; after every epoch the model answers questions of it, and the checkpoint with the most right
+answers is kept. The test split is never read:
 
     python train.py --output-dir outputs/sft
     python train.py --model-id demo/model --dataset demo/problems --learning-rate 1e-3 --output-dir outputs/demo-sft
+    python train.py --mode cot --output-dir outputs/sft-cot
     accelerate launch --multi_gpu --num_processes 2 train.py --output-dir outputs/sft
     python inference.py --model-id outputs/sft --mode chatml_think_prefill
 
@@ -16,10 +17,12 @@ need --multi_gpu as well: without it accelerate starts one.
 import argparse
 import math
 import random
+import shlex
 import sys
 import time
-import warnings
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from common import (
     MODES,
@@ -27,7 +30,6 @@ from common import (
     UserError,
     at_least,
     build_prompt,
-    chatml_think_prefill,
     command_line,
     first_line,
     gathered,
@@ -40,13 +42,20 @@ from common import (
     processes,
     read_jsonl,
     strip_annotations,
+    thinking_is_open,
     wait_for_all,
     write_atomically,
 )
-from data import hash_questions, load_questions
+from data import Question, hash_questions, load_questions
 from reading import read_gold
 from runs import claim_folder, describe_run, drop_checkpoints, locked, write_record
 
+TRAINED_MODES = tuple(mode for mode in MODES if mode != "few_shot")  # its prompt needs worked examples
+# The flags that decide the weights. Of a new one record only what is not its default: runs made before then resume.
+DECIDING_FLAGS = (
+    "epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup", "batch_size", "dtype", "seed", "eval_size",
+    "eval_questions", "patience", "strip_annotations", "rank", "alpha", "dropout", "target_modules", "merge",
+)  # fmt: skip
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -57,36 +66,71 @@ def main(argv=None):
 
 
 def fine_tune(args, build_model):
-    """The whole job. `build_model(args, files, device)` returns the model and what of it is trained."""
+    """The whole job. `build_model(args, files, device)` returns the model; its weights that require gradients are trained."""
+    from model import choose_device, find_model, load_tokenizer, positions
+    from trainer import HeldOut, ScoredTrainer, build_config, choose_pad_token, longest_completion
 
-    from model import choose_device, find_model, load_tokenizer
-    from trainer import build_config, build_trainer, train
-
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*")  # TRL 1.16 and peft still use the old name
-    check_arguments(args)
+    device = choose_device(args.device)
+    check_arguments(args, device)
     files = find_model(args.model_id)
     check_output_dir(args, files)
     tokenizer = load_tokenizer(files)
-    training, held_out = split_questions(args, load_questions(args.dataset, "train"))
-    ask, *pairs = choose_pairs(args, tokenizer, training, held_out)
-    device = choose_device(None)
+    questions = load_questions(args.dataset, "train")
+    training, held_out = split_questions(args.dataset, questions, args.eval_size, args.seed)
+    own = read_completions(args.completions, args.dataset, training + held_out) if args.completions else []
+    mode, system_prompt = choose_mode(args.mode, own, tokenizer)
+    ask = partial(build_prompt, mode, tokenizer=tokenizer, system_prompt=system_prompt)
+    end = end_of_turn(mode, tokenizer)
+    if own:
+        pairs, held_out_pairs = own_pairs(args.completions, own, ask, end.text, training, held_out)
+    else:
+        clean = strip_annotations if args.strip_annotations else str
+        pairs, held_out_pairs = (target_pairs(part, mode, ask, end.text, clean) for part in (training, held_out))
     model = build_model(args, files, device)
-    rows, held_out_rows = encode_parts(args, model, tokenizer, *pairs)
-    show_examples(rows[:2], tokenizer)
-    parts = fit_into_memory(args, model, device, rows)
-    record = run_record(args, files, training, held_out, pairs[0][0], device, parts)
+    room, embeddings = positions(model), model.get_input_embeddings().num_embeddings
+    examples = encode_examples("training", pairs, tokenizer, room, embeddings)
+    held_out_examples = encode_examples("held-out", held_out_pairs, tokenizer, room, embeddings)
+    if len(examples) < args.batch_size:
+        raise UserError(f"--batch-size {args.batch_size}: more than the {len(examples)} examples there are to train on")
+    show_examples(examples[:2], tokenizer)
+    at_once = fit_into_memory(args, model, device, examples)
+    record = run_record(args, files, mode, training, held_out, pairs[0], device, at_once)
+
+    def build_trainer(resumed: bool):
+        choose_pad_token(model, tokenizer, end.token)
+        return ScoredTrainer(
+            model=model,
+            args=build_config(args, len(examples), end.token, device.type == "cpu", resumed),
+            processing_class=tokenizer,
+            examples=examples,
+            held_out=HeldOut(held_out_examples, held_out[: args.eval_questions], ask, longest_completion(examples)),
+            at_once=at_once,
+            patience=args.patience,
+        )
+
+    return train_in_folder(args, record, build_trainer, ask, inference_command(args.output_dir, mode, system_prompt))
+
+
+def train_in_folder(args, record, build_trainer, ask, next_command):
+    """Claim --output-dir, train in it or go on there, leave the finished model, and upload it where that is asked for.
+
+    build_trainer(resumed) returns the trainer, a `trainer.Scored`. ask(question) is the prompt that the
+    card shows, next_command what to run with the finished model.
+    """
+    from trainer import train
+
     if args.push_to_hub:  # a refusal comes before the training
         call_hub("create_repo", args.push_to_hub, repo_id=args.push_to_hub, exist_ok=True)
     with locked(args.output_dir):
         # The main process alone looks, for files change while it does.
         finished, checkpoint = gathered(claim_folder(args, record) if is_main() else None)[0]
         if not finished:
-            config = build_config(args, parts, len(rows), checkpoint)
-            trainer = build_trainer(args, config, model, tokenizer, rows, held_out_rows, held_out, ask)
+            trainer = build_trainer(checkpoint is not None)
             begun = time.perf_counter()
             train(trainer, checkpoint)
             record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
-            finish(args, trainer, record)
+            finish(args, trainer, record, ask)
+            log(f"{args.output_dir}: finished; {next_command}")
             wait_for_all()  # a launcher stops the rest as soon as one process has ended badly
         part_from_all()
         if args.push_to_hub:
@@ -107,6 +151,9 @@ def build_parser(prog, description, learning_rate, rate_source):
     )
     add("--dataset", default="openai/gsm8k", help="hub id, or folder with train.jsonl (default %(default)s)")
     add("--output-dir", type=Path, required=True, help="folder for the model, its checkpoints, logs and run record")
+    add("--mode", choices=TRAINED_MODES,
+        help="prompt to train on, as inference.py asks it (default that of --completions, else chatml_think_prefill, "
+        "or cot where the tokenizer lacks ChatML's tokens)")  # fmt: skip
     add("--epochs", type=at_least(1), default=3, help="passes over the training part (default 3: Stanford Alpaca's)")
     add("--max-steps", type=at_least(1), help="stop after so many steps, whatever --epochs says")
     add("--learning-rate", type=above_0, default=learning_rate, help=f"peak (default %(default)g: {rate_source})")
@@ -117,6 +164,7 @@ def build_parser(prog, description, learning_rate, rate_source):
         help="examples a step, over all processes and accumulated parts (default %(default)s: QLoRA's)")  # fmt: skip
     add("--gradient-accumulation", type=at_least(1), default=1,
         help="parts that a process cuts its share of the batch into (default 1, more where memory is short)")  # fmt: skip
+    add("--device", help="cpu, cuda, mps or xpu (default the accelerator that is there, else cpu)")
     add("--dtype", choices=("fp32", "bf16"), help="precision of compute (default bf16 on CUDA that has it, else fp32)")
     add(
         "--seed", type=at_least(0), default=42, help="of split, order and adapters (default %(default)s: transformers')"
@@ -158,8 +206,8 @@ above_0 = number(lambda value: value > 0, "above 0")
 from_0 = number(lambda value: value >= 0, "0 or more")
 
 
-def check_arguments(args):
-    """What can be refused before anything is loaded."""
+def check_arguments(args, device):
+    """What can be refused before anything is loaded; fills in --dtype and what --overwrite says about --resume."""
     import torch
 
     if args.overwrite == "always" and args.resume:
@@ -175,16 +223,30 @@ def check_arguments(args):
             f"--batch-size {args.batch_size}: cannot be cut into {parts} equal parts "
             f"({processes()} processes, --gradient-accumulation {args.gradient_accumulation})"
         )
-    if torch.cuda.device_count() > 1 and processes() == 1:
+    if device.index is not None and processes() == 1:
+        raise UserError(
+            f"--device {args.device}: training takes the kind of device alone, such as {device.type}; "
+            f"CUDA_VISIBLE_DEVICES={device.index} picks one GPU"
+        )
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and processes() == 1:
         raise UserError(
             f"{torch.cuda.device_count()} GPUs are visible to one process; start with accelerate launch, "
             "or make one visible with CUDA_VISIBLE_DEVICES=0"
         )
-    cuda = torch.cuda.is_available()
     if args.dtype is None:
-        args.dtype = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    elif args.dtype == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("--dtype bf16: this GPU has no bf16; pass --dtype fp32")
+        args.dtype = "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
+    elif args.dtype == "bf16" and not has_bf16(device):
+        raise UserError(f"--dtype bf16: {device.type} has no bf16 here; pass --dtype fp32")
+
+
+def has_bf16(device) -> bool:
+    """Whether the device computes in bf16 by itself."""
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" or is_torch_bf16_gpu_available()
 
 
 def check_output_dir(args, files):
@@ -196,156 +258,192 @@ def check_output_dir(args, files):
             raise UserError(f"--output-dir {args.output_dir}: holds {name} ({path}); pass another folder")
 
 
-def split_questions(args, questions):
+def split_questions(dataset: str, questions: list[Question], eval_size: int, seed: int):
     """(training part, held-out part) of the train split, by seed. A question is never in both."""
     for question in questions:
         try:
             read_gold(question.answer)
         except UserError as error:
-            raise UserError(f"{args.dataset}, train question {question.id}: {error}") from error
-    if args.eval_size >= len(questions):
-        raise UserError(f"--eval-size {args.eval_size}: {args.dataset} has {len(questions)} train questions")
-    order = random.Random(args.seed).sample(questions, len(questions))
-    held_out, training = order[: args.eval_size], order[args.eval_size :]
+            raise UserError(f"{dataset}, train question {question.id}: {error}") from error
+    if eval_size >= len(questions):
+        raise UserError(f"--eval-size {eval_size}: {dataset} has {len(questions)} train questions; hold out fewer")
+    order = random.Random(seed).sample(questions, len(questions))
+    held_out, training = order[:eval_size], order[eval_size:]
     held_texts = {question.question for question in held_out}
     kept = [question for question in training if question.question not in held_texts]
     if len(kept) < len(training):
         log(f"{len(training) - len(kept)} training questions dropped: they are held out under another number")
-    log(f"{len(questions)} train questions: {len(kept)} to train on, {len(held_out)} held out (seed {args.seed})")
+    log(f"{len(questions)} train questions: {len(kept)} to train on, {len(held_out)} held out (seed {seed})")
     return kept, held_out
 
 
-def choose_pairs(args, tokenizer, training, held_out):
-    """How a question is asked, and the (prompt, completion) pairs to train and to evaluate on."""
-    if not args.completions:
-        return chatml_think_prefill, *(target_pairs(part, args.strip_annotations) for part in (training, held_out))
-    lines = read_completions(args, {question.question for question in training + held_out})
-    mode, system_prompt = lines[0]["mode"], lines[0].get("system_prompt")
+def choose_mode(mode: str | None, completions: list[dict], tokenizer) -> tuple[str, str | None]:
+    """(mode, system prompt) of the prompts to train on: what the completions were sampled with, else what --mode says."""
+    if completions:
+        sampled = completions[0]["mode"]
+        if mode not in (None, sampled):
+            raise UserError(f"--mode {mode}: --completions holds answers of mode {sampled}; leave --mode out")
+        return sampled, completions[0].get("system_prompt")
+    if mode is None and "<|im_start|>" not in tokenizer.get_vocab():
+        log("mode cot: the tokenizer has no <|im_start|>, so chatml_think_prefill cannot be asked")
+        return "cot", None
+    return mode or "chatml_think_prefill", None
 
-    def ask(question):
-        return build_prompt(mode, question, tokenizer, system_prompt=system_prompt)
 
+class End(NamedTuple):
+    """How a completion ends: the text that closes the turn, and the token that it ends with."""
+
+    text: str
+    token: str
+
+
+def end_of_turn(mode: str, tokenizer) -> End:
+    """What the model's template puts behind an answer, up to its first special token; without a template, the end token.
+
+    Raises UserError where there is neither.
+    """
+    if mode == "chatml_think_prefill":
+        return End("<|im_end|>", "<|im_end|>")
+    special = {content.content for content in tokenizer.added_tokens_decoder.values() if content.special}
+    if tokenizer.chat_template:
+        answer = "the answer"
+        messages = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": answer}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        behind = rendered.rpartition(answer)[2]
+        places = {behind.find(token): token for token in special if token in behind}
+        if places:
+            first = min(places)
+            return End(behind[:first] + places[first], places[first])
+    if not tokenizer.eos_token:
+        raise UserError(
+            f"{tokenizer.name_or_path}: has no token that ends an answer (eos_token in its tokenizer_config.json)"
+        )
+    return End(tokenizer.eos_token, tokenizer.eos_token)
+
+
+def own_pairs(path, completions: list[dict], ask, end: str, training: list[Question], held_out: list[Question]):
+    """The (prompt, completion) pairs of sampled completions: of the training questions, and of the held-out ones."""
     pairs = []
     for name, part in (("training", training), ("held-out", held_out)):
         texts = {question.question for question in part}
-        pairs.append(
-            [(ask(row["question"]), f"{row['model_output']}<|im_end|>") for row in lines if row["question"] in texts]
-        )
-        if not pairs[-1]:
-            raise UserError(
-                f"--completions {args.completions}: holds none of the {len(part)} {name} questions; sample more"
-            )
-    log(f"{len(lines)} completions of mode {mode}: {len(pairs[0])} to train on, {len(pairs[1])} of held-out questions")
-    return ask, *pairs
+        chosen = [
+            (ask(line["question"]), line["model_output"] + end) for line in completions if line["question"] in texts
+        ]
+        if not chosen:
+            raise UserError(f"--completions {path}: holds none of the {len(part)} {name} questions; sample more")
+        pairs.append(chosen)
+    mode = completions[0]["mode"]
+    log(
+        f"{len(completions)} completions of mode {mode}: {len(pairs[0])} to train on, {len(pairs[1])} of held-out questions"
+    )
+    return pairs
 
 
-def read_completions(args, known):
+def read_completions(path: Path, dataset: str, questions: list[Question]) -> list[dict]:
     """The lines of --completions: all of one mode and system prompt, all of the train split's questions."""
+    known = {question.question for question in questions}
     lines, first = [], None
-    for number, row in read_jsonl(args.completions, ("question", "model_output", "mode")):
-        place, asked = f"--completions {args.completions}:{number}", (row["mode"], row.get("system_prompt"))
+    for number, line in read_jsonl(path, ("question", "model_output", "mode")):
+        place, asked = f"--completions {path}:{number}", (line["mode"], line.get("system_prompt"))
         for key in ("question", "model_output"):
-            if not isinstance(row[key], str) or not is_text(row[key]):
+            if not isinstance(line[key], str) or not is_text(line[key]):
                 raise UserError(f"{place}: {key!r} must be text")
-        if row["mode"] not in MODES or row["mode"] == "few_shot":
-            raise UserError(f"{place}: mode {row['mode']!r}: a prompt of it cannot be built from the question alone")
+        if line["mode"] not in TRAINED_MODES:
+            raise UserError(f"{place}: mode {line['mode']!r}: a prompt of it cannot be built from the question alone")
         if asked != (first or asked):
             raise UserError(f"{place}: another mode or system prompt than on line 1; keep one run's completions a file")
-        if row["question"] not in known:
-            raise UserError(f"{place}: its question is not of the train split of {args.dataset}")
+        if line["question"] not in known:
+            raise UserError(f"{place}: its question is not of the train split of {dataset}")
         first = asked
-        lines.append(row)
+        lines.append(line)
     if not lines:
-        raise UserError(f"--completions {args.completions}: holds no completion")
+        raise UserError(f"--completions {path}: holds no completion")
     return lines
 
 
-def target_pairs(questions, without_annotations=False):
-    """(prompt, completion) of every question: what inference asks, and what the model learns to write."""
-    clean = strip_annotations if without_annotations else str
-    return [(chatml_think_prefill(item.question), target_completion(clean(item.answer))) for item in questions]
+def target_pairs(questions: list[Question], mode: str, ask, end: str, clean=str) -> list[tuple[str, str]]:
+    """(prompt, completion) of every question: what inference asks, and what the model learns to write.
+
+    clean: what is done to a reference answer first, such as `strip_annotations`.
+    """
+    prompts = [ask(item.question) for item in questions]
+    return [
+        (prompt, target_completion(clean(item.answer), mode, prompt) + end)
+        for prompt, item in zip(prompts, questions, strict=True)
+    ]
 
 
-def target_completion(answer):
-    """A reference answer as the end of an open thought: the reasoning, `</think>`, the final line."""
+def target_completion(answer: str, mode: str, prompt: str) -> str:
+    """A reference answer as the completion of a prompt: the reasoning, then the line `#### N`.
+
+    The reasoning is a thought where the prompt has opened one, or where the mode is `thinking`; in
+    zero_shot there is none.
+    """
     reasoning, _, number = answer.rpartition("####")
-    return f"{reasoning.strip()}\n</think>\n\n#### {number.strip()}<|im_end|>"
+    reasoning = "" if mode == "zero_shot" else reasoning.strip()
+    final = f"#### {number.strip()}"
+    if thinking_is_open(prompt):
+        opening = "" if prompt[-1].isspace() else "\n"
+        return f"{opening}{reasoning}\n</think>\n\n{final}"
+    if mode == "thinking":
+        return f"<think>\n{reasoning}\n</think>\n\n{final}"
+    return f"{reasoning}\n{final}" if reasoning else final
 
 
-def encode_rows(name, pairs, tokenizer, most):
+def encode_examples(name: str, pairs: list[tuple[str, str]], tokenizer, positions: int, embeddings: int) -> list[dict]:
     """Tokenize (prompt, completion) pairs, prompts as inference does; labels cover the completion alone.
 
-    Dropped, counted and printed: what the model's positions cannot hold, for cutting it would cut
-    the answer, and what would be other tokens as one text, for inference would never see those.
+    Dropped, counted and printed: what the model's positions cannot hold, for cutting it would cut the
+    answer, and what changes the prompt's tokens, for inference would never see those. Raises UserError
+    where nothing is left, or a token's id is beyond the model's embeddings.
     """
-
     from trainer import IGNORED
 
-    if "<|im_end|>" not in tokenizer.get_vocab():
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no <|im_end|>, which ends every ChatML answer")
-    prompts, completions = zip(*pairs, strict=True)
-    texts = list(prompts), list(completions), [prompt + completion for prompt, completion in pairs]
-    encoded = [tokenizer(batch, add_special_tokens=False)["input_ids"] for batch in texts]
-    rows, too_long, merged = [], 0, 0
-    for prompt, completion, whole in zip(*encoded, strict=True):
-        if prompt + completion != whole:
+    prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
+    wholes = tokenizer([prompt + completion for prompt, completion in pairs], add_special_tokens=False)["input_ids"]
+    examples, too_long, merged = [], 0, 0
+    for prompt, whole in zip(prompts, wholes, strict=True):
+        if whole[: len(prompt)] != prompt:
             merged += 1
-        elif len(whole) > most:
+        elif len(whole) > positions:
             too_long += 1
         else:
-            rows.append({"input_ids": whole, "labels": [IGNORED] * len(prompt) + completion})
-    reasons = {f"longer than the model's {most} positions": too_long, "prompt and completion merge": merged}
+            examples.append({"input_ids": whole, "labels": [IGNORED] * len(prompt) + whole[len(prompt) :]})
+    reasons = {f"longer than the model's {positions} positions": too_long, "prompt and completion merge": merged}
     for reason, count in reasons.items():
         if count:
             log(f"{count} of {len(pairs)} {name} examples dropped: {reason}")
-    if not rows:
+    if not examples:
         raise UserError(f"no {name} example is left of {len(pairs)}")
-    return rows
+    largest = max(max(example["input_ids"]) for example in examples)
+    if largest >= embeddings:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, "
+            f"and the model knows {embeddings}; pass the tokenizer that the model was trained with"
+        )
+    return examples
 
 
-def encode_parts(args, model, tokenizer, training, held_out):
-    """The rows of pairs to train on and the rows to evaluate on, as many as the model's positions can hold."""
+def show_examples(examples: list[dict], tokenizer) -> None:
+    """What is trained and what is not, of the first examples."""
+    from trainer import IGNORED
 
-    from model import positions
-
-    most = positions(model)
-    rows, held_out_rows = (
-        encode_rows(name, pairs, tokenizer, most) for name, pairs in (("training", training), ("held-out", held_out))
-    )
-    if len(rows) < args.batch_size:
-        raise UserError(f"--batch-size {args.batch_size}: more than the {len(rows)} examples there are to train on")
-    return rows, held_out_rows
-
-
-def show_examples(rows, tokenizer):
-    """What is trained and what is not, of the first rows."""
-
-    from trainer import IGNORED, len_ids
-
-    for number, row in enumerate(rows):
-        learned = sum(label != IGNORED for label in row["labels"])
-        start = len_ids(row) - learned
+    for number, example in enumerate(examples):
+        learned = sum(label != IGNORED for label in example["labels"])
+        start = len(example["labels"]) - learned
         log(
             f"--- example {number}: {start} tokens of prompt, not trained\n"
-            f"{printable(tokenizer.decode(row['input_ids'][:start]))}\n"
+            f"{printable(tokenizer.decode(example['input_ids'][:start]))}\n"
             f"--- example {number}: {learned} tokens of completion, trained\n"
-            f"{printable(tokenizer.decode(row['input_ids'][start:]))}\n---"
+            f"{printable(tokenizer.decode(example['input_ids'][start:]))}\n---"
         )
 
 
-def run_record(args, files, training, held_out, pair, device, parts):
+def run_record(args, files, mode, training, held_out, pair, device, at_once):
     """What decides the weights and what describes this run, as inference.py records it."""
-    described = (
-        "model_id",
-        "dataset",
-        "output_dir",
-        "gradient_accumulation",
-        "resume",
-        "overwrite",
-        "push_to_hub",
-        "command",
-    )
-    decides = {name: value for name, value in vars(args).items() if name not in described}
+    decides = {name: getattr(args, name) for name in DECIDING_FLAGS if hasattr(args, name)}
+    if mode != "chatml_think_prefill" and not args.completions:  # else it is in none of the records made before
+        decides["mode"] = mode
     decides |= {
         "training_sha256": hash_questions(training),
         "held_out_sha256": hash_questions(held_out),
@@ -356,9 +454,11 @@ def run_record(args, files, training, held_out, pair, device, parts):
     segment = {
         "model": args.model_id,
         "dataset": args.dataset,
+        "mode": mode,
         "command": args.command,
         "processes": processes(),
-        "gradient_accumulation": parts,
+        "gradient_accumulation": args.gradient_accumulation,
+        "at_once": at_once,
         "seconds": None,
     } | describe_run(device)
     return {"decides": decides, "segments": [segment], "result": None}
@@ -372,32 +472,30 @@ def load_full_model(args, files, device):
     return load_model(files, "fp32", device).requires_grad_()  # a merged adapter leaves its base frozen
 
 
-def fit_into_memory(args, model, device, rows):
-    """How many parts a process must cut its share of a batch into, by estimate; UserError where no cut is enough."""
-
+def fit_into_memory(args, model, device, examples: list[dict]) -> int:
+    """How many sequences go through the model together, by estimate; UserError where memory is too small for one."""
     from model import free_memory
-    from trainer import len_ids
+    from trainer import AT_ONCE, AT_ONCE_ELSEWHERE, length
 
     free = free_memory(device)
     state = 12 * trainable(model)  # gradient and AdamW's two moments, in fp32; the weight, 4 more, is loaded already
     element = 2 if args.dtype == "bf16" else 4
-    row = max(map(len_ids, rows)) * activation_bytes_per_token(model, element, fused_head=device.type == "cuda")
-    share = args.batch_size // processes()
-    possible = [parts for parts in range(args.gradient_accumulation, share + 1) if share % parts == 0]
-    parts = next((parts for parts in possible if state + share // parts * row <= free), None)
-    if parts is None:
+    longest = max(map(length, examples))
+    sequence = longest * activation_bytes_per_token(model, element, fused_head=device.type == "cuda")
+    most = min(AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE), args.batch_size)
+    at_once = next((count for count in range(most, 0, -1) if state + count * sequence <= free), None)
+    if at_once is None:
         raise UserError(
-            f"training needs about {(state + row) / 2**30:.1f} GiB beside the weights, {state / 2**30:.1f} of it for "
+            f"training needs about {(state + sequence) / 2**30:.1f} GiB beside the weights, {state / 2**30:.1f} of it for "
             f"gradients and optimizer, and {free / 2**30:.1f} are free; train_lora.py or a smaller model need less"
         )
-    parts = max(gathered(parts))  # free memory differs, and all must cut alike
-    if parts > args.gradient_accumulation:
-        log(f"memory is short: a batch goes in {parts} parts, which costs time and changes nothing else")
+    if at_once < most:
+        log(f"memory is short: {at_once} sequences at once, not {most}, which costs time and changes nothing else")
     log(
-        f"memory: about {(state + share // parts * row) / 2**30:.2f} GiB beside the weights, {free / 2**30:.1f} free; "
+        f"memory: about {(state + at_once * sequence) / 2**30:.2f} GiB beside the weights, {free / 2**30:.1f} free; "
         f"{trainable(model):,} of {sum(weight.numel() for weight in model.parameters()):,} weights are trained"
     )
-    return parts
+    return at_once
 
 
 def trainable(model):
@@ -420,7 +518,7 @@ def activation_bytes_per_token(model, element, fused_head):
     return config.num_hidden_layers * layer * element + (0 if fused_head else 3 * 4 * config.vocab_size)
 
 
-def finish(args, trainer, record):
+def finish(args, trainer, record, ask):
     """The model with its tokenizer, the trainer's state, curves, card and record; then no more checkpoints."""
 
     from model import merge
@@ -438,14 +536,19 @@ def finish(args, trainer, record):
     wait_for_all()  # until each has read the best checkpoint
     if not is_main():
         return
-    write_atomically(args.output_dir / "README.md", model_card(args, trainer))
+    write_atomically(args.output_dir / "README.md", model_card(args, trainer, ask))
     draw_curves(trainer.state.log_history, args.output_dir / "training.png")
     record["result"] = best
     write_record(args, record)
     drop_checkpoints(args.output_dir)
     if not improved(trainer):
         log(NOT_IMPROVED)
-    log(f"{args.output_dir}: finished; python inference.py --mode chatml_think_prefill --model-id {args.output_dir}")
+
+
+def inference_command(folder: Path, mode: str, system_prompt: str | None) -> str:
+    """The command that asks the finished model what it was trained on."""
+    more = [] if system_prompt is None else ["--system-prompt", system_prompt]
+    return shlex.join(["python", "inference.py", "--mode", mode, *more, "--model-id", str(folder)])
 
 
 def call_hub(method, name, **arguments):
@@ -460,7 +563,7 @@ def call_hub(method, name, **arguments):
         raise UserError(f"--push-to-hub {name}: {first_line(error)}") from error
 
 
-def model_card(args, trainer):
+def model_card(args, trainer, ask) -> str:
     from trainer import NOT_IMPROVED, evaluations, improved
 
     best = trainer.state.best_global_step
@@ -485,7 +588,7 @@ def model_card(args, trainer):
             f"# {args.model_id} fine-tuned on {args.dataset}",
             "",
             f"Fine-tuned ({method}) on {targets}: {length} at most, learning rate {args.learning_rate:g},",
-            f"{args.lr_scheduler}, warm-up {args.warmup:g}, batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.questions)} questions",
+            f"{args.lr_scheduler}, warm-up {args.warmup:g}, batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.held_out.questions)} questions",
             "held out of the train split, in percent with their standard error; the test split was not read.",
             "",
             "| step | epoch | eval_loss | eval_score | |",
@@ -496,7 +599,7 @@ def model_card(args, trainer):
             "It was trained to go on from this prompt:",
             "",
             "```",
-            trainer.ask("QUESTION"),
+            ask("QUESTION"),
             "```",
             "",
         ]

@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 import train_lora
-from common import log, write_atomically
+from common import build_prompt, log, write_atomically
 from data import load_questions
 from model import find_model, load_model, load_tokenizer
-from trainer import build_config, build_trainer, len_ids
+from trainer import AT_ONCE, AT_ONCE_ELSEWHERE, HeldOut, ScoredTrainer, build_config, choose_pad_token, length
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "demo/model")
@@ -112,8 +113,7 @@ def measure(case, seed, way):
     name, method = way
     model, tokenizer, training, held_out, rate = CASES[case]()
     tokenizer = load_tokenizer(find_model(tokenizer)) if tokenizer == DEMO else gpu_tokenizer(tokenizer)
-    rows = train.encode_rows("training", train.target_pairs(training), tokenizer, 2048)
-    held_out_rows = train.encode_rows("held-out", train.target_pairs(held_out), tokenizer, 2048)
+    rows, held_out_rows = (encode(part, tokenizer) for part in (training, held_out))
     if method == "lora":
         model = with_adapter(model)
     trainer = build(name, model, tokenizer, rows, held_out_rows, rate, seed)
@@ -123,14 +123,14 @@ def measure(case, seed, way):
     # On a CPU its own seconds count, not the clock's: other work on the machine does not change them.
     clock = time.perf_counter if on_gpu else time.process_time
     begun = clock()
-    train()
+    trainer.train()
     if on_gpu:
         torch.cuda.synchronize()
     seconds = clock() - begun
     judge = build("ours", trainer.model, tokenizer, rows, held_out_rows, rate, seed)
     judge.model.eval()
     loss, tokens = judge.sum_losses(0, 1)
-    seen = sum(map(len_ids, rows))
+    seen = sum(map(length, rows))
     result = {
         "case": case, "way": name, "method": method, "seed": seed, "seconds": seconds, "examples": len(rows),
         "tokens": seen, "loss": loss / tokens, "device": torch.cuda.get_device_name() if on_gpu else "CPU",
@@ -141,6 +141,12 @@ def measure(case, seed, way):
         result["share_of_peak"] = (6 if method == "full" else 4) * result["parameters"] * seen / seconds / PEAK_FLOPS
     log(json.dumps(result))
     return result
+
+
+def encode(questions, tokenizer):
+    ask = partial(build_prompt, "chatml_think_prefill", tokenizer=tokenizer)
+    pairs = train.target_pairs(questions, "chatml_think_prefill", ask, "<|im_end|>")
+    return train.encode_examples("training", pairs, tokenizer, 2048, len(tokenizer))
 
 
 def gpu_tokenizer(folder):
@@ -167,17 +173,22 @@ def build(way, model, tokenizer, rows, held_out_rows, rate, seed):
     flags = {"output-dir": tempfile.mkdtemp(), "batch-size": BATCH, "epochs": 1, "seed": seed, "eval-questions": 0}
     args = train.build_parser("", "", rate, "").parse_args([f"--{flag}={value}" for flag, value in flags.items()])
     args.dtype = "bf16" if model.device.type == "cuda" else "fp32"
-    config = build_config(args, 1, len(rows))
+    config = build_config(args, len(rows), "<|im_end|>", model.device.type == "cpu")
     config.eval_strategy = IntervalStrategy.NO
     config.save_strategy = SaveStrategy.NO
     config.eval_on_start = config.load_best_model_at_end = False
     config.report_to, config.disable_tqdm, config.logging_steps = [], True, 1000
     if way == "ours":
-        return build_trainer(args, config, model, tokenizer, rows, held_out_rows, [], None)
+        choose_pad_token(model, tokenizer, "<|im_end|>")
+        held_out = HeldOut(held_out_rows, [], str, 512)
+        at_once = AT_ONCE.get(model.device.type, AT_ONCE_ELSEWHERE)
+        return ScoredTrainer(
+            model=model, args=config, processing_class=tokenizer, examples=rows, held_out=held_out, at_once=at_once
+        )
     config.gradient_checkpointing = config.activation_checkpointing = way == "plain"
     config.train_sampling_strategy = "sequential"
     config.padding_free = way == WORSE
-    order = grouped_order([len_ids(row) for row in rows], seed)
+    order = grouped_order([length(row) for row in rows], seed)
     methods = {"_get_train_sampler": lambda self, dataset=None: order} if way in ("grouped by length", WORSE) else {}
     return type("Plain", (SFTTrainer,), methods)(
         model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)

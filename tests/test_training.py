@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,23 @@ import model as model_module
 import runs
 import train
 import train_lora
-from common import UserError, build_prompt, chatml_think_prefill, hash_file, read_json
+from common import UserError, build_prompt, hash_file, read_json, strip_annotations
 from data import load_questions
 from generation import Request, generate
 from model import find_model, load_model, load_tokenizer
 from reading import score_final
-from trainer import EVAL_MAX_NEW_TOKENS, IGNORED, ScoredTrainer, SFTTrainer, build_config, build_trainer, epoch_order
+from trainer import (
+    EVAL_MAX_NEW_TOKENS,
+    IGNORED,
+    HeldOut,
+    ScoredTrainer,
+    build_config,
+    choose_pad_token,
+    epoch_order,
+    fused_loss,
+    pad,
+    summed_loss,
+)
 
 MODEL = str(ROOT / "demo/model")
 PROBLEMS = [json.loads(line) for line in (ROOT / "demo/problems/train.jsonl").read_text().splitlines()[:88]]
@@ -68,6 +80,20 @@ def trained(dataset, tmp_path_factory):
     return folder
 
 
+def prefill_pairs(questions, tokenizer):
+    ask = partial(build_prompt, "chatml_think_prefill", tokenizer=tokenizer)
+    return train.target_pairs(questions, "chatml_think_prefill", ask, "<|im_end|>")
+
+
+def parse(dataset, output, *more):
+    return train.build_parser("", "", 1e-3, "").parse_args(flags(dataset, output, *more))
+
+
+def split(args):
+    questions = load_questions(args.dataset, "train")
+    return train.split_questions(args.dataset, questions, args.eval_size, args.seed)
+
+
 def history(folder, key):
     return {row["step"]: row[key] for row in read_json(folder / "trainer_state.json")["log_history"] if key in row}
 
@@ -82,14 +108,14 @@ def same_weights(one, other):
 # ------------------------------------------------------------------------------------------
 
 
-def test_training_conditions_on_inferences_prompt_on_all_of_gsm8k(shared):
+def test_training_conditions_on_inferences_prompt_on_gsm8k(shared):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "qwen3_tokenizer")
-    questions = load_questions(str(shared / "gsm8k"), "train")
-    pairs = train.target_pairs(questions)
-    rows = train.encode_rows("training", pairs, tokenizer, 40960)
-    assert len(rows) == 7473  # none is dropped: apart and together tokenize alike
+    questions = load_questions(str(shared / "gsm8k"), "train")[::15]
+    pairs = prefill_pairs(questions, tokenizer)
+    rows = train.encode_examples("training", pairs, tokenizer, 40960, 151936)
+    assert len(rows) == len(questions)  # none is dropped: apart and together tokenize alike
     asked = tokenizer([build_prompt("chatml_think_prefill", item.question, tokenizer) for item in questions])[
         "input_ids"
     ]
@@ -106,13 +132,83 @@ def test_training_conditions_on_inferences_prompt_on_all_of_gsm8k(shared):
 
 def test_completion_is_the_reasoning_and_the_final_line():
     answer = "Half of 8 is 8/2=<<8/2=4>>4.\nSo 4+1=<<4+1=5>>5 are left.\n#### 1,005"
-    assert train.target_completion(answer) == (
-        "Half of 8 is 8/2=<<8/2=4>>4.\nSo 4+1=<<4+1=5>>5 are left.\n</think>\n\n#### 1,005<|im_end|>"
-    )
-    assert score_final(train.target_completion(answer), answer, thinking_open=True) == "right"
+    reasoning = "Half of 8 is 8/2=<<8/2=4>>4.\nSo 4+1=<<4+1=5>>5 are left."
+    expected = {
+        ("zero_shot", "Why?"): "#### 1,005",
+        ("cot", "Why?"): f"{reasoning}\n#### 1,005",
+        ("thinking", "Why?"): f"<think>\n{reasoning}\n</think>\n\n#### 1,005",
+        ("thinking", "Why?<think>\n"): f"{reasoning}\n</think>\n\n#### 1,005",
+        ("cot", "Why?<think>"): f"\n{reasoning}\n</think>\n\n#### 1,005",
+        ("chatml_think_prefill", "<think>\n"): f"{reasoning}\n</think>\n\n#### 1,005",
+    }
+    for (mode, prompt), completion in expected.items():
+        assert train.target_completion(answer, mode, prompt) == completion
+        assert score_final(completion, answer, thinking_open="<think>" in prompt) == "right"
+
+
+def test_annotations_can_be_left_out_of_what_is_trained():
     question = load_questions(str(ROOT / "demo/problems"), "train")[0]
-    ((_, completion),) = train.target_pairs([question], without_annotations=True)
+    ask = partial(str.strip)
+    ((_, completion),) = train.target_pairs([question], "cot", ask, "", strip_annotations)
     assert "<<" in question.answer and "<<" not in completion
+
+
+LLAMA_TEMPLATE = (
+    "{% for m in messages %}<|head|>{{ m.role }}\n{{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant\n{% endif %}"
+)
+
+
+def test_an_answer_ends_as_the_models_own_template_ends_a_turn():
+    tokenizer = load_tokenizer(find_model(MODEL))
+    assert train.end_of_turn("cot", tokenizer) == ("<|im_end|>", "<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|head|>", "<|eot|>"], "eos_token": "<|endoftext|>"})
+    tokenizer.chat_template = LLAMA_TEMPLATE
+    assert train.end_of_turn("cot", tokenizer) == ("<|eot|>", "<|eot|>")
+    tokenizer.chat_template = LLAMA_TEMPLATE.replace("<|eot|>", " END\n")  # tags of plain text: no token to stop at
+    assert train.end_of_turn("cot", tokenizer) == ("<|endoftext|>", "<|endoftext|>")
+    tokenizer.chat_template = None
+    assert train.end_of_turn("cot", tokenizer) == ("<|endoftext|>", "<|endoftext|>")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="has no token that ends an answer"):
+        train.end_of_turn("cot", tokenizer)
+
+
+def test_a_mode_is_trained_and_evaluated_from_the_prompt_that_inference_asks(dataset, tmp_path, capsys, monkeypatch):
+    asked = []
+    count = ScoredTrainer.count_right
+
+    def noting(trainer, *ranks):
+        asked.extend(trainer.held_out.ask(item.question) for item in trainer.held_out.questions)
+        return count(trainer, *ranks)
+
+    monkeypatch.setattr(ScoredTrainer, "count_right", noting)
+    more = ("--mode", "cot", "--max-steps", 1, "--eval-questions", 2)
+    assert train.main(flags(dataset, tmp_path / "run", *more)) == 0
+    tokenizer = load_tokenizer(find_model(MODEL))
+    _, held_out = split(parse(dataset, "x"))
+    assert set(asked) == {build_prompt("cot", item.question, tokenizer) for item in held_out[:2]}
+    assert "inference.py --mode cot --model-id" in capsys.readouterr().out
+    record = read_json(tmp_path / "run" / runs.RECORD)
+    assert record["decides"]["mode"] == "cot" and record["decides"]["completion"].endswith("<|im_end|>")
+    assert "</think>" not in record["decides"]["completion"]
+
+
+def test_the_mode_is_that_of_the_completions_else_the_named_one_else_what_the_tokenizer_can(capsys):
+    tokenizer = load_tokenizer(find_model(MODEL))
+    assert train.choose_mode(None, [], tokenizer) == ("chatml_think_prefill", None)
+    assert train.choose_mode("cot", [], tokenizer) == ("cot", None)
+    sampled = [{"mode": "thinking", "system_prompt": "Think."}]
+    assert train.choose_mode(None, sampled, tokenizer) == train.choose_mode("thinking", sampled, tokenizer)
+    with pytest.raises(UserError, match="--mode cot: --completions holds answers of mode thinking"):
+        train.choose_mode("cot", sampled, tokenizer)
+
+    class WithoutChatML:
+        def get_vocab(self):
+            return {"the": 0}
+
+    assert train.choose_mode(None, [], WithoutChatML()) == ("cot", None)
+    assert "the tokenizer has no <|im_start|>" in capsys.readouterr().out
 
 
 def test_rows_that_do_not_fit_or_would_tokenize_otherwise_are_dropped_and_counted(capsys):
@@ -122,7 +218,7 @@ def test_rows_that_do_not_fit_or_would_tokenize_otherwise_are_dropped_and_counte
         ("Yes\n", "\nNo<|im_end|>"),
         ("Why?\n", "4 " * 200 + "<|im_end|>"),
     ]
-    assert len(train.encode_rows("training", pairs, tokenizer, 200)) == 1
+    assert len(train.encode_examples("training", pairs, tokenizer, 200, 1000)) == 1
     printed = capsys.readouterr().out
     assert "1 of 3 training examples dropped: longer than the model's 200 positions" in printed
     assert "1 of 3 training examples dropped: prompt and completion merge" in printed
@@ -130,10 +226,18 @@ def test_rows_that_do_not_fit_or_would_tokenize_otherwise_are_dropped_and_counte
 
 def test_the_examples_shown_say_what_is_trained(capsys):
     tokenizer = load_tokenizer(find_model(MODEL))
-    rows = train.encode_rows("training", [("Is 1\x1b[2J?\n", "Yes.<|im_end|>")], tokenizer, 200)
+    rows = train.encode_examples("training", [("Is 1\x1b[2J?\n", "Yes.<|im_end|>")], tokenizer, 200, 1000)
     train.show_examples(rows, tokenizer)
     before, trained = capsys.readouterr().out.split("of completion, trained")
     assert "Is 1\\x1b[2J?" in before and "not trained" in before and trained.strip().startswith("Yes.<|im_end|>")
+
+
+def scored_trainer(args, model, tokenizer, examples, at_once=3):
+    config = build_config(args, len(examples), "<|im_end|>")
+    held_out = HeldOut(examples, [], str, 512)
+    return ScoredTrainer(
+        model=model, args=config, processing_class=tokenizer, examples=examples, held_out=held_out, at_once=at_once
+    )
 
 
 # ------------------------------------------------------------------------------------------
@@ -143,11 +247,9 @@ def test_the_examples_shown_say_what_is_trained(capsys):
 
 def test_held_out_questions_are_train_questions_that_are_not_trained_on(tmp_path):
     write_problems(tmp_path, PROBLEMS + PROBLEMS[:30])  # every third question stands there twice
-    parse = train.build_parser("", "", 1e-3, "").parse_args
-    questions = load_questions(str(tmp_path), "train")
-    split = [train.split_questions(parse(flags(tmp_path, "x", "--seed", seed)), questions) for seed in (1, 1, 2)]
-    assert split[0] == split[1] != split[2]
-    for training, held_out in split:
+    splits = [split(parse(tmp_path, "x", "--seed", seed)) for seed in (1, 1, 2)]
+    assert splits[0] == splits[1] != splits[2]
+    for training, held_out in splits:
         assert len(held_out) == 40
         assert not {item.question for item in training} & {item.question for item in held_out}
         assert {item.question for item in training + held_out} == {item["question"] for item in PROBLEMS}
@@ -156,6 +258,44 @@ def test_held_out_questions_are_train_questions_that_are_not_trained_on(tmp_path
 # ------------------------------------------------------------------------------------------
 # Order, loss and score
 # ------------------------------------------------------------------------------------------
+
+
+def test_a_few_sequences_at_a_time_give_the_gradient_of_the_whole_batch(dataset):
+    """Each few are followed by their backward pass; the batch in one go is the reference."""
+    args = parse(dataset, "x")
+    files = find_model(MODEL)
+    tokenizer = load_tokenizer(files)
+    training, _ = split(args)
+    examples = train.encode_examples("training", prefill_pairs(training[:12], tokenizer), tokenizer, 2048, 1000)
+    gradients = {}
+    for at_once in (12, 5, 1):
+        model = load_model(files, "fp32", torch.device("cpu")).requires_grad_()
+        trainer = scored_trainer(args, model, tokenizer, examples, at_once)
+        batch = trainer.data_collator(examples)
+        tokens = (batch["labels"] != IGNORED).sum()
+        loss = trainer.training_step(model, batch, num_items_in_batch=tokens)
+        gradients[at_once] = loss, {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad()
+    expected = summed_loss(model, *pad(examples, "cpu")) / tokens
+    expected.backward()
+    for loss, own in gradients.values():
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for name, weight in model.named_parameters():
+            assert torch.allclose(own[name], weight.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_padding_needs_an_id_that_the_embedding_has():
+    files = find_model(MODEL)
+    tokenizer, model = load_tokenizer(files), load_model(files, "fp32", torch.device("cpu"))
+    before = tokenizer.pad_token
+    choose_pad_token(model, tokenizer, "<|im_end|>")
+    assert tokenizer.pad_token == (before or "<|im_end|>")
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    choose_pad_token(model, tokenizer, "<|im_end|>")
+    assert tokenizer.pad_token == "<|im_end|>"
+    with pytest.raises(UserError, match="the token .* has the id 1000, and the model knows 1000"):
+        train.encode_examples("training", [("Why?\n", "So.<|pad|>")], tokenizer, 200, 1000)
 
 
 def test_order_is_by_seed_and_epoch():
@@ -179,11 +319,11 @@ def test_loss_is_the_mean_over_trained_tokens_however_the_batch_is_cut(trained, 
     assert read_json(tmp_path / "processes" / runs.RECORD)["segments"][0]["processes"] == 2
 
     # The first step's loss by hand: summed over all of the batch's completion tokens, divided by their number.
-    args = train.build_parser("", "", 1e-3, "").parse_args(flags(dataset, "x"))
+    args = parse(dataset, "x")
     files = find_model(MODEL)
     tokenizer, model = load_tokenizer(files), load_model(files, "fp32", torch.device("cpu"))
-    training, _ = train.split_questions(args, load_questions(str(dataset), "train"))
-    rows = train.encode_rows("training", train.target_pairs(training), tokenizer, 2048)
+    training, _ = split(args)
+    rows = train.encode_examples("training", prefill_pairs(training, tokenizer), tokenizer, 2048, 1000)
     order = epoch_order(len(rows), 12, args.seed, 0)
     total = count = 0
     for row in (rows[i] for i in order[:12]):
@@ -197,12 +337,17 @@ def test_loss_is_the_mean_over_trained_tokens_however_the_batch_is_cut(trained, 
 
 
 def test_eval_score_is_what_inference_and_the_scorer_say(trained, dataset):
-    args = train.build_parser("", "", 1e-3, "").parse_args(flags(dataset, "x"))
-    _, held_out = train.split_questions(args, load_questions(str(dataset), "train"))
+    args = parse(dataset, "x")
+    _, held_out = split(args)
     files = find_model(str(trained))
     tokenizer, model = load_tokenizer(files), load_model(files, "fp32", torch.device("cpu"))
     requests = [
-        Request(i, 0, tokenizer(chatml_think_prefill(item.question))["input_ids"], EVAL_MAX_NEW_TOKENS)
+        Request(
+            i,
+            0,
+            tokenizer(build_prompt("chatml_think_prefill", item.question, tokenizer))["input_ids"],
+            EVAL_MAX_NEW_TOKENS,
+        )
         for i, item in enumerate(held_out[:16])
     ]
     right = sum(
@@ -244,11 +389,12 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
-from trainer import ScoredTrainer, SFTTrainer
+from trainer import ScoredTrainer
+step = ScoredTrainer.training_step
 def deadly(trainer, *args, **kwargs):
     if trainer.state.global_step == 6:
         os.kill(os.getpid(), signal.SIGKILL)
-    return SFTTrainer.training_step(trainer, *args, **kwargs)
+    return step(trainer, *args, **kwargs)
 ScoredTrainer.training_step = deadly
 train.main({flags!r})
 """
@@ -273,13 +419,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(trained, dataset, t
 def interrupt_at(step, script, arguments, monkeypatch):
     """Run a script and send SIGINT while it computes this step."""
 
+    compute = ScoredTrainer.training_step
+
     def interrupted(trainer, *args, **kwargs):
         if trainer.state.global_step == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return SFTTrainer.training_step(trainer, *args, **kwargs)
+        return compute(trainer, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ScoredTrainer, "training_step", interrupted, raising=False)
+        patch.setattr(ScoredTrainer, "training_step", interrupted)
         with pytest.raises(SystemExit) as stopped:
             script.main(arguments)
     assert stopped.value.code == 130
@@ -415,17 +563,14 @@ def test_the_loss_on_a_gpu_is_the_loss_on_a_cpu(dataset, tmp_path):
     """TRL's fused head, which only CUDA takes, runs on a CPU as well."""
     args = train_lora.parse_args(flags(dataset, tmp_path, "--dtype", "fp32"))
     files = find_model(MODEL)
-    tokenizer, pairs = load_tokenizer(files), train.target_pairs(load_questions(str(dataset), "train")[:12])
-    rows = train.encode_rows("training", pairs, tokenizer, 2048)
+    tokenizer = load_tokenizer(files)
+    pairs = prefill_pairs(load_questions(str(dataset), "train")[:12], tokenizer)
+    examples = train.encode_examples("training", pairs, tokenizer, 2048, 1000)
     for load in (train.load_full_model, train_lora.load_with_adapter):
         model = load(args, files, torch.device("cpu"))
-        config = build_config(args, 1, len(rows))
-        trainer = build_trainer(args, config, model, tokenizer, rows, rows, [], None)
-        batch = trainer.data_collator(rows)
-        ids, labels = batch["input_ids"], batch["labels"]
-        assert trainer.fused_loss(model, ids, labels).item() == pytest.approx(
-            trainer.part_loss(model, ids, labels).item(), rel=1e-5
-        )
+        scored_trainer(args, model, tokenizer, examples)  # TRL's own set-up gives the model its fused head
+        ids, labels = pad(examples, "cpu")
+        assert fused_loss(model, ids, labels).item() == pytest.approx(summed_loss(model, ids, labels).item(), rel=1e-5)
 
 
 def test_the_base_of_an_adapter_stays_as_it_is_in_bf16(dataset, tmp_path):
@@ -480,18 +625,19 @@ def test_activations_are_estimated_within_a_third():
     assert 0.75 < estimated / measured < 1.6
 
 
-def test_short_memory_cuts_the_batch_or_refuses(dataset, monkeypatch, capsys):
-    args = train.build_parser("", "", 1e-3, "").parse_args(flags(dataset, "x", "--dtype", "fp32"))
+def test_short_memory_takes_fewer_sequences_at_once_or_refuses(dataset, monkeypatch, capsys):
+    args = parse(dataset, "x", "--dtype", "fp32")
     model = load_model(find_model(MODEL), "fp32", torch.device("cpu"))
-    row = {"input_ids": [0] * 200}
-    need = 12 * train.trainable(model), 200 * train.activation_bytes_per_token(model, 4, fused_head=False)
-    for free, parts in ((need[0] + 12 * need[1], 1), (need[0] + 4 * need[1], 3), (need[0] + need[1], 12)):
-        monkeypatch.setattr(model_module, "free_memory", lambda device, free=free: free)
-        assert train.fit_into_memory(args, model, torch.device("cpu"), [row]) == parts
-    assert "a batch goes in 12 parts" in capsys.readouterr().out
-    monkeypatch.setattr(model_module, "free_memory", lambda device: need[0])
+    example = {"input_ids": [0] * 200}
+    state = 12 * train.trainable(model)
+    sequence = 200 * train.activation_bytes_per_token(model, 4, fused_head=False)
+    for room, at_once in ((12, 3), (3, 3), (2, 2), (1, 1)):
+        monkeypatch.setattr(model_module, "free_memory", lambda device, free=state + room * sequence: free)
+        assert train.fit_into_memory(args, model, torch.device("cpu"), [example]) == at_once
+    assert "memory is short: 1 sequences at once, not 3" in capsys.readouterr().out
+    monkeypatch.setattr(model_module, "free_memory", lambda device: state)
     with pytest.raises(UserError, match="training needs about .* are free"):
-        train.fit_into_memory(args, model, torch.device("cpu"), [row])
+        train.fit_into_memory(args, model, torch.device("cpu"), [example])
 
 
 def no_gold(folder):
@@ -509,7 +655,7 @@ def few(folder):
 
 BAD_INPUTS = [  # script, what spoils the data set, more flags, what the line names
     (train, empty, (), "train.jsonl: holds no questions"),
-    (train, no_gold, (), "train question 80: ground_truth_answer does not end in '#### <number>'"),
+    (train, no_gold, (), "train question 80: ground_truth_answer is no number"),
     (train, few, (), "--batch-size 12: more than the 5 examples"),
     (train, None, ("--eval-size", 88), "has 88 train questions"),
     (train, None, ("--eval-questions", 41), "--eval-questions 41: only --eval-size 40"),
@@ -519,7 +665,7 @@ BAD_INPUTS = [  # script, what spoils the data set, more flags, what the line na
     (train, None, ("--warmup", "-1"), "--warmup: must be 0 or more"),
     (train, None, ("--epochs", "0"), "--epochs: must be 1 or more"),
     (train, None, ("--dtype", "int8"), "--dtype: invalid choice"),
-    (train, None, ("--model-id", "./nowhere"), "--model-id ./nowhere: not a model folder"),
+    (train, None, ("--model-id", "./nowhere"), "--model-id ./nowhere: not a model"),
     (train, None, ("--dataset", "./nowhere"), "--dataset ./nowhere: not a folder"),
     (train, None, ("--output-dir", ROOT / "results"), "and no train.run.json; pass an empty folder"),
     (train, None, ("--output-dir", str(Path(MODEL).parent), "--overwrite"), "demo: holds --model-id"),
@@ -565,6 +711,7 @@ def test_another_run_is_not_overwritten(trained, dataset, capsys):
 
 def test_several_gpus_without_a_launcher_are_refused(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(model_module, "choose_device", lambda device: torch.device("cuda"))
     with pytest.raises(SystemExit) as stopped:
         train.main(flags(dataset, tmp_path / "run"))
     assert stopped.value.code == 2 and "start with accelerate launch" in capsys.readouterr().err
@@ -593,16 +740,18 @@ def write_completions(path, problems, mode="thinking", output="<think>\nfour\n</
 
 def test_own_right_answers_are_trained_on_from_the_prompt_that_they_were_sampled_with(dataset, tmp_path, capsys):
     file = write_completions(tmp_path / "own.jsonl", PROBLEMS[:60], system_prompt="Think.")
-    args = train.build_parser("", "", 1, "").parse_args(flags(dataset, tmp_path / "run", "--completions", file))
     tokenizer = load_tokenizer(find_model(MODEL))
-    training, held_out = train.split_questions(args, load_questions(str(dataset), "train"))
-    ask, pairs, held_out_pairs = train.choose_pairs(args, tokenizer, training, held_out)
+    training, held_out = split(parse(dataset, tmp_path / "run"))
+    lines = train.read_completions(file, str(dataset), training + held_out)
+    mode, system_prompt = train.choose_mode(None, lines, tokenizer)
+    ask = partial(build_prompt, mode, tokenizer=tokenizer, system_prompt=system_prompt)
+    pairs, held_out_pairs = train.own_pairs(file, lines, ask, "<|im_end|>", training, held_out)
     question = PROBLEMS[0]["question"]
     assert ask(question) == build_prompt("thinking", question, tokenizer, system_prompt="Think.")
     asked = {build_prompt("thinking", item.question, tokenizer, system_prompt="Think.") for item in held_out}
     assert len(pairs) + len(held_out_pairs) == 60
     assert {prompt for prompt, _ in held_out_pairs} < asked and not {prompt for prompt, _ in pairs} & asked
-    rows = train.encode_rows("training", pairs, tokenizer, 2048)
+    rows = train.encode_examples("training", pairs, tokenizer, 2048, 1000)
     inference_prompt = tokenizer(pairs[0][0], add_special_tokens=False)["input_ids"]
     learned = [token for token in rows[0]["labels"] if token != IGNORED]
     assert rows[0]["input_ids"] == inference_prompt + learned
