@@ -18,10 +18,10 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import zlib
 from dataclasses import dataclass
@@ -349,16 +349,23 @@ def parse_json_line(path, number, line, required=()):
 def replacing(path):
     """A binary file that takes `path`'s place in one step: a reader sees the old one or the new one."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-        try:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def follow_umask(path):
+    """Give a file the permissions that the user's umask asks for; safetensors writes for the owner alone."""
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 def write_atomically(path, text):

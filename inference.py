@@ -89,7 +89,7 @@ def main(argv=None):
                 requests = build_requests(run, prompts, own_share(missing, run.num_samples), tokenizer, model)
                 answer(run, model, tokenizer, requests, made, questions, prompts, output)
             else:
-                log(f"{run.output}: finished already, {len(output.places)} answers; --overwrite makes it again")
+                log(f"{run.output}: finished already, {len(output.answers.places)} answers; --overwrite makes it again")
         if run.save_txt and is_main():
             save_txt(run.output)
     part_from_all()
@@ -332,7 +332,7 @@ def run_record(args, files, tokenizer, questions, prompts, device, dtype):
 def list_missing(args, prompts, output):
     """The (question, sample) pairs that have no answer on disk."""
     pairs = ((i, sample) for i in range(len(prompts)) for sample in range(args.num_samples))
-    return [pair for pair in pairs if pair not in output.places]
+    return [pair for pair in pairs if pair not in output.answers.places]
 
 
 def own_share(missing, num_samples):
@@ -427,7 +427,7 @@ def answer(args, model, tokenizer, requests, made, questions, prompts, output):
 
     settled, left = build_on(made, requests)
 
-    begun, before = time.perf_counter(), output.totals["output_tokens"]
+    begun, before = time.perf_counter(), output.answers.totals["output_tokens"]
     output.write_record()
     try:
         share = f"process 1 of {processes()}" if processes() > 1 else None
@@ -442,7 +442,7 @@ def answer(args, model, tokenizer, requests, made, questions, prompts, output):
                 output.append(answer_row(args, done, questions[done.id], prompts[done.id]))
                 if args.think_budget:
                     made[done.id, done.sample] = done
-                rate = (output.totals["output_tokens"] - before) / (time.perf_counter() - begun)
+                rate = (output.answers.totals["output_tokens"] - before) / (time.perf_counter() - begun)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                 bar.update()
         finish(args, prompts, output)

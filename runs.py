@@ -1,8 +1,12 @@
-"""A run's files and record: locking, resuming, and what --overwrite and --resume mean."""
+"""A run's files and record: locking, resuming, and what --overwrite and --resume mean.
+
+Inference writes one file of answers (`RunOutput`), training writes a folder (`claim_folder`). Both lock their
+output while they run (`locked`), and both ask `earlier_segments` whether a run may go on with what is there.
+"""
 
 import contextlib
 import datetime
-import fcntl
+import errno
 import glob
 import json
 import os
@@ -26,16 +30,206 @@ from common import (
 )
 
 
+class Conflict(UserError):
+    """The output holds something that this run must not go on with: what it is, and the way out."""
+
+    def __init__(self, found: str, way_out: str):
+        super().__init__(f"{found}; {way_out}")
+        self.found = found
+
+
+# ---- What --overwrite and --resume mean, for inference and training alike
+
+
+def earlier_segments(path: Path, record: dict, drop, overwrite: str | None, way_out: str, resume=True, stray=None):
+    """The segments of the run that `record` goes on with; [] where the run begins anew.
+
+    path: the run record on disk. drop: removes what that run wrote. overwrite: "always" drops it, "changed" drops
+    it where it was made with other flags, None never does. resume: whether a run may go on at all. stray: an
+    output file that is there although the run record is not, or None.
+    Raises Conflict where the run may neither go on nor be dropped.
+    """
+    if overwrite == "always":
+        drop()
+        return []
+    try:
+        if path.exists():
+            if not resume:
+                raise Conflict(f"{path}: holds a run already", f"pass --resume to go on with it, {way_out}")
+            return comparable_segments(path, record, way_out)
+        if stray:
+            raise Conflict(f"{stray}: exists without its run record {path.name}", f"pass {way_out}")
+    except Conflict as conflict:
+        if overwrite != "changed":
+            raise
+        log(f"made again: {conflict.found}")
+        drop()
+    return []
+
+
+def comparable_segments(path: Path, record: dict, way_out: str):
+    """The segments of the run record on disk; Conflict where it is damaged, or was made with other flags."""
+    try:
+        old = read_json(path)
+    except UserError as error:
+        raise Conflict(str(error), f"pass {way_out}") from error
+    trouble = "is not a run record" if not is_run_record(old) else find_damage(old) or find_difference(old, record)
+    if trouble:
+        raise Conflict(f"{path}: {trouble}", f"pass the same flags, or {way_out}")
+    note_changes(old["segments"][-1], record["segments"][-1])
+    return old["segments"]
+
+
+TOTALS = ("answers", "prompt_tokens", "output_tokens", "hit_limit")
+
+
+def find_damage(record):
+    """What keeps a run record from being gone on with, or None."""
+    for number, segment in enumerate(record["segments"]):
+        try:
+            datetime.datetime.fromisoformat(segment.get("started"))
+        except (TypeError, ValueError):
+            return f"segment {number} has no time in 'started'"
+        if not isinstance(segment.get("seconds"), int | float | None):
+            return f"segment {number} has no number in 'seconds'"
+        for name in TOTALS:
+            if not isinstance(segment.get(name, 0), int):
+                return f"segment {number} has no whole number in {name!r}"
+    return None
+
+
+def find_difference(old, new):
+    """The first field in which two runs decide differently, with both values; or None."""
+    before, now = old["decides"], new["decides"]
+    for key in [*now, *(before.keys() - now.keys())]:
+        if before.get(key) != now.get(key):
+            return "was made with {} = {}, this run has {}".format(key, *shorten(before.get(key), now.get(key)))
+    return None
+
+
+def note_changes(old, new):
+    """Note what describes the run and has changed. It decides nothing, up to rounding."""
+    changed = [key for key in new if key not in ("started", "command") and new[key] != old.get(key)]
+    if changed:
+        values = ("{} is {}, was {}".format(key, *shorten(new[key], old.get(key))) for key in changed)
+        log("note: " + "; ".join(values))
+
+
+def shorten(*values, most=80):
+    """Values as JSON of at most about `most` characters, cut around the place where they begin to differ."""
+    texts = [json.dumps(value) for value in values]
+    begin = max(0, len(os.path.commonprefix(texts)) - most // 4) if len(texts) > 1 else 0
+    if all(len(text) <= most for text in texts):
+        return texts
+    return [
+        ("..." if begin else "") + text[begin : begin + most] + ("..." if begin + most < len(text) else "")
+        for text in texts
+    ]
+
+
+# ---- Locks
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: UserError, wait=False):
+    """Hold the lock file `path`, which is removed at the end; raise `refusal` where another process holds it.
+
+    wait: wait for the other process instead. Yields whether the file system has locks: some network file
+    systems have none, and there the run goes on without.
+    """
+    from filelock import FileLock, Timeout
+
+    lock, has_locks = FileLock(path, fallback_to_soft=False), True
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout as error:
+        raise refusal from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        has_locks = False
+        log(f"note: {path.parent} is on a file system without locks: do not start the same command twice at a time")
+    try:
+        yield has_locks
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes it when it is released
+            path.unlink(missing_ok=True)
+        if has_locks:
+            lock.release()
+
+
+# ---- The answers of a run
+
+
+class AnswerIndex:
+    """Where each answer stands on disk, and the totals over all of them."""
+
+    def __init__(self):
+        self.places = {}  # (question id, sample) -> (file, offset of its line)
+        self.totals = dict.fromkeys(TOTALS, 0)
+
+    def read(self, path: Path):
+        """Take in the whole lines of a file, if it is there."""
+        if not path.exists():
+            return
+        offset = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):  # the main process is writing it
+                    break
+                self.add(read_answer(path, number, line), path, offset)
+                offset += len(line)
+
+    def add(self, answer: dict, path: Path, offset: int):
+        key = answer["id"], answer["sample"]
+        if key not in self.places:
+            self.totals["answers"] += 1
+            self.totals["hit_limit"] += answer["finish_reason"] == "length"
+            for name in ("prompt_tokens", "output_tokens"):
+                self.totals[name] += answer[name]
+        self.places[key] = path, offset
+
+    def totals_beyond(self, segments):
+        """The totals on disk less those of these segments."""
+        return {name: total - sum(s.get(name, 0) for s in segments) for name, total in self.totals.items()}
+
+    def complete(self, segments, last_answer: float):
+        """Give a segment whose process was killed its totals, and the time until its last answer; True if one was."""
+        killed = [segment for segment in segments if segment.get("seconds") is None]
+        for segment in killed:
+            started = datetime.datetime.fromisoformat(segment["started"]).timestamp()
+            segment["seconds"] = round(max(0.0, last_answer - started), 3)
+            segment.update(self.totals_beyond([other for other in segments if other is not segment]))
+        return bool(killed)
+
+
+WHOLE_NUMBERS = ("id", "sample", "prompt_tokens", "output_tokens")
+
+
+def read_answer(path, number, line):
+    """The answer on one line of a run's file; UserError where it is not of the shape that a run writes."""
+    answer = parse_json_line(path, number, line, (*WHOLE_NUMBERS, "finish_reason"))
+    for key in WHOLE_NUMBERS:
+        if type(answer[key]) is not int or answer[key] < 0:
+            raise UserError(
+                f"{path}:{number}: {key!r} must be a whole number, this is {shorten(answer[key])[0]}; "
+                "pass --overwrite to drop the file, or another --output"
+            )
+    return answer
+
+
 class RunOutput:
     """A run's files: NAME.jsonl when it is finished, NAME.jsonl.part until then, NAME.run.json.
 
-    Every answer is appended to the part file the moment it is there. A second start reads which
-    answers exist, drops a torn last line and asks for the rest; `finish` sorts all by (id, sample)
-    and puts NAME.jsonl in place in one step. The part file is locked while its process lives.
+    Every answer is appended to the part file the moment it is finished. A second start reads which
+    answers exist, drops a torn last line and asks for the rest. `finish` sorts all by (id, sample)
+    and puts NAME.jsonl in place in one step.
 
-    Of several processes each has a part file of its own (NAME.jsonl.part-1 is that of the second); the main
-    process waits for the others' locks at the end and takes in what they wrote, as it does at a start with
-    what any number of killed processes left.
+    Of several processes each has a part file of its own (NAME.jsonl.part-1 is that of the second), and holds a
+    lock beside it. At the end the main process waits for the others' locks and takes in what they wrote. At
+    a start it takes in what killed processes left, however many they were.
     """
 
     def __init__(self, path):
@@ -43,64 +237,76 @@ class RunOutput:
         self.main_part = Path(f"{path}.part")
         self.part_path = self.main_part if is_main() else Path(f"{path}.part-{rank()}")
         self.record_path = self.path.with_suffix(".run.json")
-        self.places = {}  # (id, sample) -> (file, offset) of its line
-        self.totals = dict.fromkeys(("answers", "prompt_tokens", "output_tokens", "hit_limit"), 0)
+        self.answers = AnswerIndex()
+        self.gathered = False  # whether the others are known to have ended
 
     @contextlib.contextmanager
     def opened(self, record, overwrite=None):
         """Lock, compare with the run record on disk, find what is done; release at the end.
 
-        overwrite: "always" drops what is there, "changed" what a run that decides differently made.
+        overwrite: see `earlier_segments`.
         Raises UserError where another process writes, where without `overwrite` the record on disk
         was made by a run that decides differently, or where a file cannot be written.
         """
-        with self.named_errors():
-            if self.path.is_dir():
-                raise UserError(f"--output {self.path}: is a folder; pass a file")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.part = open(self.part_path, "a+b", buffering=0)  # noqa: SIM115 - closed below
-        try:
-            self.lock(self.part)
+        with contextlib.ExitStack() as stack:
+            with self.named_errors():
+                if self.path.is_dir():
+                    raise UserError(f"--output {self.path}: is a folder; pass a file")
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.has_locks = stack.enter_context(self.locked(self.part_path))
+                stack.callback(self.drop_empty_part)
+                self.part = stack.enter_context(open(self.part_path, "a+b", buffering=0))
             if is_main():
-                segments = self.prepare(record, overwrite)
+                segments, last_answer = self.prepare(record, overwrite)
             wait_for_all()
-            self.index(self.path)
-            self.index(self.main_part)
+            self.answers.read(self.path)
+            self.answers.read(self.main_part)
             if is_main():
-                self.record = record | {"segments": self.complete(segments) + record["segments"]}
+                if self.answers.complete(segments, last_answer):
+                    self.store_record(record | {"segments": segments})
+                self.record = record | {"segments": segments + record["segments"]}
             try:
                 yield self
             except BaseException as error:
-                if self.places or not isinstance(error, UserError):
-                    log(
-                        f"{self.path}: stopped, {len(self.places)} answers are on disk; the same command goes on from there"
-                    )
+                done = len(self.answers.places)
+                if done or not isinstance(error, UserError):
+                    log(f"{self.path}: stopped, {done} answers are on disk; the same command goes on from there")
                 raise
-        finally:
-            if self.part_path.exists() and not self.part_size():
-                self.part_path.unlink()
-            self.part.close()
+            if not self.has_locks and not self.gathered:
+                wait_for_all()  # as the main process does in `gather`
+
+    def locked(self, part, wait=False):
+        told = f"{self.path}: another process is writing it; wait for it or pass another --output"
+        return locked(Path(f"{part}.lock"), UserError(told), wait)
 
     def prepare(self, record, overwrite):
-        """Leave nothing of killed processes but whole answers in the one part file; returns the earlier segments."""
+        """Leave only whole answers, all in the one part file; returns the earlier segments and the last answer's time."""
         peers = {f"{self.main_part.name}-{other}" for other in range(1, processes())}
-        self.last_answer = max(path.stat().st_mtime for path in (self.part_path, *self.other_parts()))
         for name in (self.path.name, self.record_path.name):  # of a process killed while it wrote one
             for stray in self.path.parent.glob(f".{glob.escape(name)}.*.tmp"):
                 stray.unlink()
-        segments = self.earlier_segments(record, overwrite)
+        written = [path for path in self.part_paths() if path.stat().st_size]
+        written = written or [path for path in [self.path] if path.exists()]
+        last_answer = max((path.stat().st_mtime for path in written), default=0.0)
+        way_out = "--overwrite to drop it, or another --output"
+        stray = self.path if written else None
+        segments = earlier_segments(self.record_path, record, self.drop, overwrite, way_out, stray=stray)
         self.repair_part()
-        for path in self.other_parts():
+        for path in self.part_paths()[1:]:
             with open(path, "r+b") as other:
-                if path.name not in peers:  # else it is open, and waits for us
-                    self.lock(other)
-                self.take_in(other)
+                if path.name in peers:  # it is open, and waits for us
+                    self.take_in(other)
+                else:
+                    with self.locked(path):
+                        self.take_in(other)
             if path.name not in peers:
                 path.unlink()
-        return segments
+        return segments, last_answer
 
-    def other_parts(self):
-        return sorted(self.path.parent.glob(f"{glob.escape(self.main_part.name)}-*"))
+    def part_paths(self):
+        """The part files: our own, then those of other processes."""
+        name = re.compile(re.escape(self.main_part.name) + r"-\d+")
+        return [self.part_path, *sorted(path for path in self.path.parent.iterdir() if name.fullmatch(path.name))]
 
     def take_in(self, other):
         """Move the whole lines of another process's part file to our own."""
@@ -111,74 +317,41 @@ class RunOutput:
 
     def gather(self):
         """In the main process: wait until the others have ended, and take in what they wrote."""
+        if not self.has_locks:
+            wait_for_all()
+        self.gathered = True
         for number in range(1, processes()):
             path = Path(f"{self.main_part}-{number}")
-            with contextlib.suppress(FileNotFoundError), open(path, "r+b") as other:  # none where it had nothing to do
-                fcntl.flock(other, fcntl.LOCK_EX)
-                self.take_in(other)
+            with self.locked(path, wait=True), contextlib.suppress(FileNotFoundError):  # it had nothing to do
+                with open(path, "r+b") as other:
+                    self.take_in(other)
                 path.unlink(missing_ok=True)
-        self.index(self.part_path)
+        self.answers.read(self.part_path)
 
     def part_size(self):
         """Bytes of answers that no finished file holds yet."""
         return os.fstat(self.part.fileno()).st_size
+
+    def drop_empty_part(self):
+        with contextlib.suppress(FileNotFoundError):  # the main process may have taken it
+            if not self.part_path.stat().st_size:
+                self.part_path.unlink()
 
     @contextlib.contextmanager
     def named_errors(self):
         try:
             yield
         except OSError as error:
-            way_out = "make room there, then start the same command again" if self.places else "pass another --output"
+            goes_on = "make room there, then start the same command again"
+            way_out = goes_on if self.answers.places else "pass another --output"
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; {way_out}") from error
 
-    def lock(self, part):
-        try:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: another process is writing it; wait for it or pass another --output"
-            ) from error
-
-    def earlier_segments(self, new, overwrite):
-        """The segments of the run record on disk, which must decide as the new one does."""
-        try:
-            if overwrite == "always":
-                self.drop()
-            elif self.record_path.exists():
-                old = read_json(self.record_path)
-                compare_records(self.record_path, old, new)
-                note_changes(old["segments"][-1], new["segments"][-1])
-                return old["segments"]
-            elif self.path.exists() or self.part_size() or any(path.stat().st_size for path in self.other_parts()):
-                raise UserError(
-                    f"{self.path}: exists without its run record {self.record_path.name}; "
-                    "pass --overwrite or another --output"
-                )
-        except UserError as error:
-            if overwrite != "changed":
-                raise
-            log(f"made again: {str(error).partition(';')[0]}")
-            self.drop()
-        return []
-
     def drop(self):
-        for path in (self.part_path, *self.other_parts()):
+        """Remove what the earlier run wrote. The record goes last: a kill leaves nothing without one."""
+        for path in self.part_paths():
             os.truncate(path, 0)
         self.path.unlink(missing_ok=True)
         self.record_path.unlink(missing_ok=True)
-
-    def complete(self, segments):
-        """Give a killed segment what it could not write: its answers, and the time of the last one."""
-        for segment in segments:
-            if segment.get("seconds") is None:
-                started = datetime.datetime.fromisoformat(segment["started"]).timestamp()
-                segment["seconds"] = round(max(0.0, self.last_answer - started), 3)
-                segment.update(self.totals_beyond([other for other in segments if other is not segment]))
-        return segments
-
-    def totals_beyond(self, segments):
-        """What is on disk less what these segments made."""
-        return {name: total - sum(s.get(name, 0) for s in segments) for name, total in self.totals.items()}
 
     def repair_part(self):
         """Cut off a last line that was torn when its process died."""
@@ -189,43 +362,24 @@ class RunOutput:
             log(f"{self.part_path}: dropped a torn last line of {size - whole} bytes")
             self.part.truncate(whole)
 
-    def index(self, path):
-        if path.exists():
-            offset = 0
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.endswith(b"\n"):  # the main process is writing it
-                        break
-                    row = parse_json_line(
-                        path, number, line, ("id", "sample", "finish_reason", "prompt_tokens", "output_tokens")
-                    )
-                    self.count(row, path, offset)
-                    offset += len(line)
-
-    def count(self, row, path, offset):
-        if (row["id"], row["sample"]) not in self.places:
-            self.totals["answers"] += 1
-            self.totals["hit_limit"] += row["finish_reason"] == "length"
-            for name in ("prompt_tokens", "output_tokens"):
-                self.totals[name] += row[name]
-        self.places[row["id"], row["sample"]] = path, offset
-
     def write_record(self, seconds=None):
         """Write the run record; `seconds` is how long the present segment has taken."""
-        if not is_main():
-            return
-        *earlier, segment = self.record["segments"]
-        segment.update(self.totals_beyond(earlier), seconds=seconds)
-        with self.named_errors():
-            write_atomically(self.record_path, json.dumps(self.record, indent=2) + "\n")
+        if is_main():
+            *earlier, segment = self.record["segments"]
+            segment.update(self.answers.totals_beyond(earlier), seconds=seconds)
+            self.store_record(self.record)
 
-    def append(self, row):
+    def store_record(self, record):
+        with self.named_errors():
+            write_atomically(self.record_path, json.dumps(record, indent=2) + "\n")
+
+    def append(self, answer):
         """Put one answer on disk. It is there when this returns, whatever happens to the process."""
         if not os.fstat(self.part.fileno()).st_nlink:
             self.put_back()
         offset = self.part.seek(0, os.SEEK_END)
-        self.write(json.dumps(row).encode() + b"\n")
-        self.count(row, self.part_path, offset)
+        self.write(json.dumps(answer).encode() + b"\n")
+        self.answers.add(answer, self.part_path, offset)
 
     def write(self, line):
         line = memoryview(line)
@@ -241,45 +395,22 @@ class RunOutput:
             self.part_path.write_bytes(self.part.read())
         self.write_record()
         raise UserError(
-            f"{self.path.parent}: was removed while the run wrote to it; {len(self.places)} answers are "
+            f"{self.path.parent}: was removed while the run wrote to it; {len(self.answers.places)} answers are "
             f"back in {self.part_path}: the same command goes on from there"
         )
 
     def finish(self):
         """Sort all answers into NAME.jsonl and drop the part file; the main process does."""
-        with self.named_errors(), contextlib.ExitStack() as stack:
-            sources = {p: stack.enter_context(open(p, "rb")) for p in {place[0] for place in self.places.values()}}
-            with replacing(self.path) as file:
-                for _, (source, offset) in sorted(self.places.items()):
-                    sources[source].seek(offset)
-                    file.write(sources[source].readline())
+        places = self.answers.places
+        with self.named_errors():
+            with replacing(self.path) as file, contextlib.ExitStack() as stack:
+                sources = {
+                    path: stack.enter_context(open(path, "rb")) for path in {place[0] for place in places.values()}
+                }
+                for _, (path, offset) in sorted(places.items()):
+                    sources[path].seek(offset)
+                    file.write(sources[path].readline())
             self.part.truncate(0)
-
-
-def compare_records(path, old, new, way_out="pass --overwrite to drop it, or another --output"):
-    """UserError where two runs of one output would mix: it names the field, both values and the way out."""
-    if not is_run_record(old):
-        raise UserError(f"{path}: is no run record; {way_out}")
-    before, now = old["decides"], new["decides"]
-    for key in [*now, *(before.keys() - now.keys())]:
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{path}: was made with {key} = {shorten(before.get(key))}, this run has "
-                f"{shorten(now.get(key))}; {way_out}"
-            )
-
-
-def note_changes(old, new):
-    """Note what describes the run and is no longer so: it decides nothing, up to rounding."""
-    changed = [key for key in new if key not in ("started", "command") and new[key] != old.get(key)]
-    if changed:
-        values = (f"{key} {shorten(new[key])}, was {shorten(old.get(key))}" for key in changed)
-        log("note: other than before: " + "; ".join(values))
-
-
-def shorten(value, most=80):
-    text = json.dumps(value)
-    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
 
 
 def describe_run(device=None):
@@ -311,72 +442,85 @@ def project_commit():
         return None
 
 
+# ---- The folder of a training
+
 RECORD = "train.run.json"
+# What a training writes beside its checkpoints. --overwrite removes these and nothing else.
+TRAINING_FILES = (
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json",
+    "generation_config.json", "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.jinja", "trainer_state.json", "README.md", "training.png",
+    "runs/*/events.out.tfevents.*", ".train.run.json.*.tmp", ".README.md.*.tmp",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """The folder, made where there is none, held against a second run of it; the main process holds it for all."""
+def locked_folder(folder: Path):
+    """The folder, made where there is none, locked against a second training; the main process locks it for all."""
     if not is_main():
         yield
         return
+    refusal = UserError(f"--output-dir {folder}: another process trains in it; wait for it or pass another folder")
+    with contextlib.ExitStack() as stack:
+        with named_folder_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / LOCK, refusal))
+        yield
+
+
+LOCK = "train.lock"
+
+
+@contextlib.contextmanager
+def named_folder_errors(folder):
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        yield
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            told = "another process trains in it; wait for it or pass another folder"
-            raise UserError(f"--output-dir {folder}: {told}") from error
-        yield
-    finally:
-        os.close(handle)
 
 
-def claim_folder(args, record):
-    """Make the folder this run's own: (whether it is finished, the checkpoint to go on from). UserError where it holds another."""
-    folder, path = args.output_dir, args.output_dir / RECORD
-    try:
-        if path.exists():
-            drop_or_go_on(args, path, record)
-        held = sorted(entry.name for entry in folder.iterdir())
+def claim_folder(folder: Path, record: dict, overwrite: str | None, resume: bool):
+    """Make the folder this run's own; returns (whether it is finished, the checkpoint to go on from).
+
+    UserError where it holds another run, or files and no run.
+    """
+    path = folder / RECORD
+    with named_folder_errors(folder):
+        held = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK)
         if held and not path.exists():
             raise UserError(f"--output-dir {folder}: holds {held[0]!r} and no {RECORD}; pass an empty folder")
-        if path.exists() and read_json(path)["result"]:
+        way_out = "--overwrite to drop it, or another --output-dir"
+        earlier = earlier_segments(path, record, lambda: drop_training(folder), overwrite, way_out, resume)
+        record["segments"] = earlier + record["segments"]
+        if earlier and read_json(path).get("result"):
             log(f"{folder}: finished already")
             drop_checkpoints(folder)  # which a kill may have left
             return True, None
-        write_record(args, record)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written: {error.strerror}") from error
-    return False, last_checkpoint(folder) if args.resume else None
+        write_record(folder, record)
+    return False, last_checkpoint(folder) if resume else None
 
 
-def drop_or_go_on(args, path, record):
-    """Take over the segments of the run in the folder, or empty it, as --resume and --overwrite say."""
-    try:
-        if args.overwrite != "always":
-            if not args.resume:
-                raise UserError(
-                    f"--output-dir {args.output_dir}: holds another run; pass --resume, --overwrite or another folder"
-                )
-            old = read_json(path)
-            compare_records(path, old, record, "pass the same flags, --overwrite, or another --output-dir")
-            record["segments"] = old["segments"] + record["segments"]
-            return
-    except UserError as error:
-        if args.overwrite != "changed":
-            raise
-        log(f"made again: {str(error).partition(';')[0]}")
-    for entry in args.output_dir.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+def drop_training(folder: Path):
+    """Remove what a training wrote, by name, and name what is left.
+
+    The record stays, without a result, until the new one takes its place: a kill leaves a run that can go on.
+    """
+    with contextlib.suppress(UserError):
+        write_record(folder, read_json(folder / RECORD) | {"result": None})
+    drop_checkpoints(folder)
+    for path in [path for pattern in TRAINING_FILES for path in folder.glob(pattern)]:
+        path.unlink()
+    for logs in [*folder.glob("runs/*"), folder / "runs"]:
+        with contextlib.suppress(OSError):  # not a folder, or not empty
+            logs.rmdir()
+    left = sorted(entry.name for entry in folder.iterdir() if entry.name not in (RECORD, LOCK))
+    if left:
+        log(f"{folder}: --overwrite leaves what is not a run's: {', '.join(left)}")
 
 
-def write_record(args, record):
-    write_atomically(args.output_dir / RECORD, json.dumps(record, indent=2) + "\n")
+def write_record(folder: Path, record: dict):
+    write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def checkpoints(folder):

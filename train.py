@@ -48,7 +48,7 @@ from common import (
 )
 from data import Question, hash_questions, load_questions
 from reading import read_gold
-from runs import claim_folder, describe_run, drop_checkpoints, locked, write_record
+from runs import claim_folder, describe_run, drop_checkpoints, locked_folder, write_record
 
 TRAINED_MODES = tuple(mode for mode in MODES if mode != "few_shot")  # its prompt needs worked examples
 # The flags that decide the weights. Of a new one record only what is not its default: runs made before then resume.
@@ -121,9 +121,11 @@ def train_in_folder(args, record, build_trainer, ask, next_command):
 
     if args.push_to_hub:  # a refusal comes before the training
         call_hub("create_repo", args.push_to_hub, repo_id=args.push_to_hub, exist_ok=True)
-    with locked(args.output_dir):
+    with locked_folder(args.output_dir):
         # The main process alone looks, for files change while it does.
-        finished, checkpoint = gathered(claim_folder(args, record) if is_main() else None)[0]
+        finished, checkpoint = gathered(
+            claim_folder(args.output_dir, record, args.overwrite, args.resume) if is_main() else None
+        )[0]
         if not finished:
             trainer = build_trainer(checkpoint is not None)
             begun = time.perf_counter()
@@ -133,8 +135,8 @@ def train_in_folder(args, record, build_trainer, ask, next_command):
             log(f"{args.output_dir}: finished; {next_command}")
             wait_for_all()  # a launcher stops the rest as soon as one process has ended badly
         part_from_all()
-        if args.push_to_hub:
-            call_hub("upload_folder", args.push_to_hub, repo_id=args.push_to_hub, folder_path=args.output_dir)
+    if args.push_to_hub:
+        call_hub("upload_folder", args.push_to_hub, repo_id=args.push_to_hub, folder_path=args.output_dir)
     return 0
 
 
@@ -539,7 +541,7 @@ def finish(args, trainer, record, ask):
     write_atomically(args.output_dir / "README.md", model_card(args, trainer, ask))
     draw_curves(trainer.state.log_history, args.output_dir / "training.png")
     record["result"] = best
-    write_record(args, record)
+    write_record(args.output_dir, record)
     drop_checkpoints(args.output_dir)
     if not improved(trainer):
         log(NOT_IMPROVED)

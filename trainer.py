@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from trl import SFTConfig, SFTTrainer
 
-from common import Decoding, Terminated, gathered, is_main, log, processes, thinking_is_open
+from common import Decoding, Terminated, follow_umask, gathered, is_main, log, processes, thinking_is_open
 from data import Question
 from generation import Request, generate
 from model import positions
@@ -250,7 +250,10 @@ class Scored:
     def _save(self, output_dir=None, state_dict=None):
         """Without training_args.bin: it is a pickle, and loading one can run code."""
         super()._save(output_dir, state_dict)
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        for weights in folder.glob("*.safetensors"):
+            follow_umask(weights)
 
     def create_model_card(self, *args, **kwargs):
         """TRL's knows no scores: `finish` writes ours."""

@@ -100,7 +100,9 @@ def test_runs_that_decide_differently_do_not_mix(tmp_path, capsys):
     run(tmp_path / "a.jsonl", "--limit", 2)
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 99)
-    assert re.search(r"max_new_tokens = 512, this run has 99; pass --overwrite", capsys.readouterr().err)
+    assert re.search(
+        r"max_new_tokens = 512, this run has 99; pass the same flags, or --overwrite", capsys.readouterr().err
+    )
     assert run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 99, "--overwrite") == 0
     for limit, told in ((99, "finished already"), (50, "made again: ")):
         run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", limit, "--overwrite", "changed")

@@ -1,6 +1,5 @@
 """Several processes answer as one does, whatever becomes of them."""
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -9,9 +8,11 @@ import time
 import psutil
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 
 import common
 import inference
+import runs
 
 RUN = [
     "--model-id",
@@ -102,16 +103,14 @@ def test_overwrite_drops_what_the_other_processes_left(whole, left_by_three, cap
 
 
 def test_a_process_that_outlived_its_launcher_is_noticed(left_by_three, capsys):
-    with open(f"{left_by_three}.part-2", "rb") as part:
-        fcntl.flock(part, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="2"):
-            inference.main([*RUN, "--output", str(left_by_three)])
+    with FileLock(f"{left_by_three}.part-2.lock"), pytest.raises(SystemExit, match="2"):
+        inference.main([*RUN, "--output", str(left_by_three)])
     assert "another process is writing it" in capsys.readouterr().err
 
 
 def test_a_process_that_stopped_early_is_told(left_by_three, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(common, "wait_for_all", lambda: None)
+    monkeypatch.setattr(runs, "wait_for_all", lambda: None)
     with pytest.raises(SystemExit, match="2"):  # process 0 alone: nobody answers the questions of process 1
         inference.main([*RUN, "--output", str(left_by_three)])
     missing = 48 - len({(row["id"], row["sample"]) for _, row in common.read_jsonl(f"{left_by_three}.part")})

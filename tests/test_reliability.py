@@ -6,11 +6,14 @@ writes their figures.
 
 import contextlib
 import datetime
+import errno
 import functools
+import json
 import multiprocessing
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -263,7 +266,7 @@ def test_an_output_folder_removed_while_running_comes_back_with_its_answers(tmp_
     output, append = tmp_path / "gone" / "a.jsonl", runs.RunOutput.append
 
     def remove_once(self, row):
-        if len(self.places) == 3:
+        if len(self.answers.places) == 3:
             shutil.rmtree(output.parent)
         append(self, row)
 
@@ -285,9 +288,132 @@ def test_what_describes_a_run_may_change_and_is_noted(tmp_path, capsys):
     output = tmp_path / "a.jsonl"
     whole_run(output, "--limit", 2, "--batch-size", 2)
     whole_run(output, "--limit", 4, "--batch-size", 3)
-    assert "note: other than before: limit 4, was 2; batch_size 3, was 2" in capsys.readouterr().out
+    assert "note: limit is 4, was 2; batch_size is 3, was 2" in capsys.readouterr().out
     segments = common.read_json(tmp_path / "a.run.json")["segments"]
     assert [segment["batch_size"] for segment in segments] == [2, 3]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_noted_and_the_run_goes_on(number, tmp_path, monkeypatch, capsys):
+    def no_flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    whole_run(tmp_path / "a.jsonl", "--limit", 2)
+    with runs.locked_folder(tmp_path / "training"):
+        pass
+    notes = [line for line in capsys.readouterr().out.splitlines() if "a file system without locks" in line]
+    assert len(notes) == 2 and not list(tmp_path.rglob("*.lock"))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_take_the_umask(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        whole_run(tmp_path / "a.jsonl", "--limit", 1, "--save-txt")
+        (tmp_path / "weights").touch(0o600)
+        common.follow_umask(tmp_path / "weights")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(["a.jsonl", "a.run.json", "a.txt", "weights"], 0o666 & ~mask)
+
+
+SEGMENT = {"started": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "answers": 1}
+BAD_RECORDS = {  # what a run record holds, and what the line names
+    "no segment": ([], "is not a run record"),
+    "an empty segment": ([{}], "no time in 'started'"),
+    "a start that is no time": ([SEGMENT | {"started": "today"}], "no time in 'started'"),
+    "seconds that are text": ([SEGMENT | {"seconds": "1"}], "no number in 'seconds'"),
+    "answers that are text": ([SEGMENT | {"answers": "1"}], "no whole number in 'answers'"),
+    "answers that are null": ([SEGMENT | {"answers": None}], "no whole number in 'answers'"),
+}
+
+
+@pytest.mark.parametrize(("segments", "told"), BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_a_run_record_of_another_shape_is_told_for_inference_and_training(segments, told, tmp_path, capsys):
+    output, record = tmp_path / "a.jsonl", {"decides": {}, "segments": segments}
+    common.write_atomically(tmp_path / "a.run.json", json.dumps(record))
+    err = refused(capsys, output, "--limit", 1)
+    assert told in err and "or --overwrite to drop it, or another --output" in err
+    common.write_atomically(tmp_path / runs.RECORD, json.dumps(record))
+    with pytest.raises(runs.Conflict, match=f"{told}; .*--overwrite to drop it, or another --output-dir"):
+        runs.claim_folder(tmp_path, {"decides": {}, "segments": [SEGMENT]}, None, resume=True)
+
+
+BAD_ANSWERS = {
+    "id text": ({"id": "x"}, "'id' must be a whole number, this is \"x\""),
+    "id null": ({"id": None}, "'id' must be a whole number, this is null"),
+    "id true": ({"id": True}, "'id' must be a whole number, this is true"),
+    "sample below zero": ({"sample": -1}, "'sample' must be a whole number, this is -1"),
+    "tokens a list": ({"output_tokens": [1]}, "'output_tokens' must be a whole number, this is [1]"),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), BAD_ANSWERS.values(), ids=BAD_ANSWERS)
+def test_an_answer_of_another_shape_is_told_before_anything_is_generated(change, told, tmp_path, capsys):
+    output = tmp_path / "a.jsonl"
+    answer = json.loads(whole_run(output, "--limit", 1))
+    output.write_text(json.dumps(answer | change) + "\n")
+    err = refused(capsys, output, "--limit", 2)
+    assert f"{output}:1: {told}" in err and "--overwrite" in err
+    assert not part(output)
+
+
+def test_a_record_that_a_kill_left_unwritten_is_repaired_at_the_next_start(tmp_path):
+    output = tmp_path / "a.jsonl"
+    whole_run(output, "--limit", 3)
+    path = tmp_path / "a.run.json"
+    record = common.read_json(path)
+    (segment,) = record["segments"]
+    torn = segment | dict.fromkeys(runs.TOTALS, 0) | {"seconds": None}  # as it is written when the run begins
+    common.write_atomically(path, json.dumps(record | {"segments": [torn]}))
+    whole_run(output, "--limit", 3)
+    (repaired,) = common.read_json(path)["segments"]
+    assert repaired | {"seconds": 0} == segment | {"seconds": 0}
+    assert 0 <= repaired["seconds"] < 600
+
+
+def training_folder(folder, **more):
+    """A folder as a training leaves it, with files of the user's own beside."""
+    record = {"decides": {"seed": 1}, "segments": [SEGMENT], "result": {"eval_loss": 1.0}} | more
+    for name in ("checkpoint-4/model.safetensors", "model.safetensors", "tokenizer.json", "runs/Nov/events.out.tfevents.1",
+                 "README.md", "my_notes.txt", "runs/mine/plot.png", "checkpoint-4-backup/x", "other.safetensors"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / runs.RECORD).write_text(json.dumps(record))
+    return {"decides": {"seed": 2}, "segments": [SEGMENT], "result": None}
+
+
+@pytest.mark.parametrize(("overwrite", "resume"), [("always", False), ("changed", True)])
+def test_overwrite_deletes_what_a_training_writes_and_names_what_is_left(overwrite, resume, tmp_path, capsys):
+    record = training_folder(tmp_path)
+    assert runs.claim_folder(tmp_path, record, overwrite, resume) == (False, None)
+    left = ["checkpoint-4-backup", "my_notes.txt", "other.safetensors", "runs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, runs.RECORD]
+    assert [path.name for path in tmp_path.rglob("runs/*")] == ["mine"]
+    assert f"--overwrite leaves what is not a run's: {', '.join(left)}" in capsys.readouterr().out
+    assert common.read_json(tmp_path / runs.RECORD) == record
+
+
+def test_a_kill_while_overwrite_deletes_leaves_a_run_that_can_go_on(tmp_path, monkeypatch):
+    record = training_folder(tmp_path)
+    monkeypatch.setattr(runs, "drop_checkpoints", lambda folder: os._exit(9))
+    process = multiprocessing.get_context("fork").Process(
+        target=runs.claim_folder, args=(tmp_path, record, "always", False)
+    )
+    process.start()
+    process.join()
+    monkeypatch.undo()
+    assert common.read_json(tmp_path / runs.RECORD)["result"] is None  # not taken for finished
+    assert runs.claim_folder(tmp_path, record, "always", False) == (False, None)
+
+
+def test_a_difference_is_shown_where_it_is():
+    old, new = (
+        {"decides": {"prompt": f"{'word ' * 40}Today is {day}.{' word' * 40}"}} for day in ("Monday", "Tuesday")
+    )
+    assert re.search(r"prompt = .*Monday.*, this run has .*Tuesday.*", runs.find_difference(old, new))
 
 
 # ------------------------------------------------------------------------------------------

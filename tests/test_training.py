@@ -508,6 +508,11 @@ def test_the_folder_holds_what_it_should_and_nothing_that_runs_code(trained):
         "trainer_state.json", "train.run.json", "README.md", "training.png", "runs",
     }  # fmt: skip
     assert not [path for path in trained.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    mode = (trained / "config.json").stat().st_mode  # made with the umask alone
+    assert (trained / "model.safetensors").stat().st_mode == mode
+    assert names <= {path.name for pattern in (runs.RECORD, *runs.TRAINING_FILES) for path in trained.glob(pattern)} | {
+        "runs"
+    }
     assert find_model(str(trained)).base is None
     original, saved = (json.loads((Path(folder) / "generation_config.json").read_text()) for folder in (MODEL, trained))
     assert saved["eos_token_id"] == original["eos_token_id"]
@@ -700,7 +705,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, spoil, more, named, datas
 
 def test_another_run_is_not_overwritten(trained, dataset, capsys):
     cases = [
-        ((), "holds another run; pass --resume"),
+        ((), "holds a run already; pass --resume"),
         (("--resume", "--seed", 1), "was made with seed = 42, this run has 1"),
     ]
     for more, named in cases:
@@ -802,7 +807,7 @@ def test_completions_that_cannot_be_trained_on_are_refused(make, told, dataset, 
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(dataset, tmp_path, capsys):
-    with runs.locked(tmp_path / "run"), pytest.raises(SystemExit, match="2"):
+    with runs.locked_folder(tmp_path / "run"), pytest.raises(SystemExit, match="2"):
         train.main(flags(dataset, tmp_path / "run", "--max-steps", 1))
     assert "another process trains in it" in capsys.readouterr().err
     assert not list((tmp_path / "run").iterdir())
@@ -818,7 +823,7 @@ def test_a_run_of_another_command_is_dropped_only_where_overwrite_says_so(datase
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="2"):
         train.main(flags(dataset, folder, *small, "--learning-rate", 2e-3))
-    assert "pass --resume, --overwrite or another folder" in capsys.readouterr().err
+    assert "pass --resume to go on with it, --overwrite to drop it, or another --output-dir" in capsys.readouterr().err
     train.main(flags(dataset, folder, *small, "--learning-rate", 2e-3, "--overwrite", "changed"))
     assert "made again" in capsys.readouterr().out
     record = read_json(folder / "train.run.json")
