@@ -23,6 +23,8 @@ import shlex
 import signal
 import sys
 import threading
+import time
+import traceback
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,11 @@ class UserError(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that answers a wrong flag with one line on stderr and exit code 2."""
+    """argparse that answers a wrong flag with one line on stderr and exit code 2, and knows --traceback."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_argument(TRACEBACK, action="store_true", help="show where an error came from, before its line")
 
     def error(self, message):
         raise UserError(message)
@@ -45,6 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if not is_text(text):
                 raise UserError(f"argument {text!a}: is not UTF-8 text")
         args = super().parse_args(argv)
+        del args.traceback  # `command_line` looks for it, so that an error in parsing is shown too
         args.command = shlex.join(["python", self.prog, *argv])
         return args
 
@@ -70,34 +77,61 @@ class Terminated(BaseException):
     """SIGTERM, raised where it arrives, so that it cleans up as Ctrl-C does."""
 
 
-def command_line(main):
-    """Decorate a script's `main(argv=None)`.
+TRACEBACK = "--traceback"
+BURST_SECONDS = 1.0  # signals within this time of the first are one request to stop
 
-    A UserError, and whatever the operating system refuses, becomes one line on stderr and exit
-    code 2; Ctrl-C exits with 130, SIGTERM with 143.
+
+def heed_stops(act):
+    """Call `act(number)` on SIGINT and SIGTERM; returns a function that puts the caller's handlers back.
+
+    Launchers and terminals send several within milliseconds. One that arrives within a second of the last one heeded
+    is the same request, so that it does not break into the clean-up that the first began.
     """
+    if threading.current_thread() is not threading.main_thread():  # no other can set handlers
+        return lambda: None
+    heeded = -math.inf
 
-    def terminate(*_):
-        raise Terminated
+    def handle(number, _):
+        nonlocal heeded
+        if time.monotonic() - heeded >= BURST_SECONDS:
+            heeded = time.monotonic()
+            act(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    return restore
+
+
+def stop(number):
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def command_line(main):
+    """Decorate a script's `main(argv=None)`, so that it ends with an exit code and one line on stderr.
+
+    A UserError, and whatever the operating system refuses: code 2. Any other error: code 1 and its kind.
+    Ctrl-C: 130. SIGTERM: 143. A traceback is shown with --traceback, or where GSM8K_TRACEBACK is set.
+    """
 
     @functools.wraps(main)
     def run(argv=None):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
+        open_streams()
+        restore = heed_stops(stop)
         try:
-            code = main(argv)
-            sys.stdout.flush()
-            return code
-        except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
-            silence(sys.stdout)
-            raise SystemExit(141) from None
-        except (UserError, OSError) as error:
-            script = Path(sys.modules[main.__module__].__file__ or "").name
-            line, code = f"{script}: error: {' '.join(str(error).split())}", 2
+            line, code = end(main, argv)
         except KeyboardInterrupt:
             line, code = "interrupted", 130
         except Terminated:
             line, code = "terminated", 143
+        finally:
+            if main.__module__ != "__main__":  # else the rest of a burst may arrive while Python shuts down
+                restore()
+        if line is None:
+            return code
         print(printable(line), file=sys.stderr)
         try:
             sys.stdout.flush()
@@ -108,8 +142,64 @@ def command_line(main):
     return run
 
 
+def end(main, argv):
+    """Run `main` to its end, or to an error: (the line to end with or None, the exit code)."""
+    script = Path(sys.modules[main.__module__].__file__ or "").name
+    try:
+        check_launch()
+        code = main(argv)
+        sys.stdout.flush()
+        return None, code
+    except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
+        silence(sys.stdout)
+        raise SystemExit(141) from None
+    except (UserError, OSError) as error:
+        show_traceback(argv)
+        return f"{script}: error: {' '.join(str(error).split())}", 2
+    except Exception as error:  # noqa: BLE001 - whatever nobody foresaw
+        shown = show_traceback(argv)
+        where = "" if shown else f"; {TRACEBACK} shows where it came from"
+        return f"{script}: unexpected {type(error).__name__}: {first_line(error)}{where}", 1
+
+
+def show_traceback(argv):
+    """Print the traceback of the present error where it is asked for; returns whether it is."""
+    flags = sys.argv[1:] if argv is None else argv
+    asked = any(len(flag) > 3 and TRACEBACK.startswith(flag) for flag in flags)  # argparse takes flags cut short
+    if asked or os.environ.get("GSM8K_TRACEBACK"):
+        traceback.print_exc()
+        return True
+    return False
+
+
+def open_streams():
+    """Give print somewhere to write where the caller closed stdout or stderr, and let no character stop it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the lowest free number is the closed one: no other file gets it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
+        elif hasattr(stream, "reconfigure"):  # a console of one code page has not every character
+            stream.reconfigure(errors="backslashreplace")
+
+
 def silence(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def check_launch():
+    """UserError where the environment does not say which of how many processes this is."""
+    numbers = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    for name, default in numbers.items():
+        text = os.environ.get(name, str(default))
+        if not text.isdecimal() or (name.endswith("SIZE") and int(text) < 1):
+            raise UserError(f"{name}={text}: the launcher sets a number of processes there; {START_MANY}")
+        numbers[name] = int(text)
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        told = f"is {numbers['WORLD_SIZE']}" if "WORLD_SIZE" in os.environ else "is not set"
+        raise UserError(f"RANK={numbers['RANK']}, and WORLD_SIZE {told}; {START_MANY}")
+
+
+START_MANY = "start several processes with accelerate launch, or unset it for one"
 
 
 def log(line):
@@ -140,8 +230,10 @@ def wait_for_all():
 
         try:
             if not distributed.is_initialized():
-                distributed.init_process_group("gloo")
+                distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # a run's, not a step's
             distributed.barrier()
+        except ValueError as error:  # RANK or MASTER_ADDR is not there
+            raise UserError(f"{first_line(error)}; {START_MANY}") from error
         except RuntimeError as error:
             raise UserError("another process has stopped, and says why") from error
 

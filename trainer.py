@@ -8,7 +8,6 @@
 import contextlib
 import math
 import random
-import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,17 @@ import torch
 from torch.nn.functional import cross_entropy
 from trl import SFTConfig, SFTTrainer
 
-from common import Decoding, Terminated, follow_umask, gathered, is_main, log, processes, thinking_is_open
+from common import (
+    Decoding,
+    follow_umask,
+    gathered,
+    heed_stops,
+    is_main,
+    log,
+    processes,
+    stop,
+    thinking_is_open,
+)
 from data import Question
 from generation import Request, generate
 from model import positions
@@ -241,7 +250,7 @@ class Scored:
         super()._save_checkpoint(model, trial)
         if self.stop_asked():
             log(f"stopped after step {self.state.global_step} and saved; the same command with --resume goes on")
-            raise Terminated if self.stop_signal == signal.SIGTERM else KeyboardInterrupt
+            stop(self.stop_signal)
 
     def stop_asked(self) -> bool:
         """Whether a signal reached any process: all must stop at the same step."""
@@ -362,16 +371,14 @@ def train(trainer, checkpoint):
 def stopping_on_signals(trainer):
     """SIGINT and SIGTERM are noted and heeded after the step; a second one acts at once."""
 
-    def ask(number, _):
+    def ask(number):
+        if trainer.stop_signal is not None:
+            stop(number)
         trainer.stop_signal = number
-        log("stopping after this step or evaluation; once more stops at once, back to the last checkpoint")
-        restore()
+        with contextlib.suppress(RuntimeError):  # it arrived while something was being printed
+            log("stopping after this step or evaluation; once more stops at once, back to the last checkpoint")
 
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    restore = heed_stops(ask)
     try:
         yield
     finally:

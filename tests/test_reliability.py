@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -414,6 +415,131 @@ def test_a_difference_is_shown_where_it_is():
         {"decides": {"prompt": f"{'word ' * 40}Today is {day}.{' word' * 40}"}} for day in ("Monday", "Tuesday")
     )
     assert re.search(r"prompt = .*Monday.*, this run has .*Tuesday.*", runs.find_difference(old, new))
+
+
+UNFORESEEN = {  # what goes wrong inside, and how the line begins
+    "a programming error": (KeyError("weight_map"), "inference.py: unexpected KeyError: 'weight_map'"),
+    "of two lines": (ValueError("no\nmatter"), "inference.py: unexpected ValueError: no"),
+    "without a text": (AssertionError(), "inference.py: unexpected AssertionError: AssertionError"),
+}
+
+
+@pytest.mark.parametrize(("error", "line"), UNFORESEEN.values(), ids=UNFORESEEN)
+def test_what_nobody_foresaw_ends_in_one_line_after_the_record(error, line, tmp_path, monkeypatch, capsys):
+    def append(self, answer):
+        raise error
+
+    monkeypatch.setattr(runs.RunOutput, "append", append)
+    with pytest.raises(SystemExit, match="1"):
+        inference.main(arguments(tmp_path / "a.jsonl", "--limit", 1))
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == f"{line}; --traceback shows where it came from" and "Traceback" not in err
+    assert common.read_json(tmp_path / "a.run.json")["segments"][0]["seconds"] > 0
+
+
+@pytest.mark.parametrize("way", ["--traceback", "--trace", "GSM8K_TRACEBACK"])
+def test_a_traceback_is_shown_to_who_asks_for_it(way, tmp_path, monkeypatch, capsys):
+    if way.startswith("--"):
+        flags = [way]
+    else:
+        flags = []
+        monkeypatch.setenv(way, "1")
+    err = refused(capsys, tmp_path / "a.jsonl", "--limit", 0, *flags)
+    assert err == "inference.py: error: argument --limit: must be 1 or more, got 0"
+    with pytest.raises(SystemExit):
+        inference.main(arguments(tmp_path / "a.jsonl", "--limit", 0, *flags))
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+LAUNCHES = {
+    "no process": ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: the launcher sets a number of processes there"),
+    "processes that are text": ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: "),
+    "processes that are empty": ({"WORLD_SIZE": ""}, "WORLD_SIZE=: "),
+    "a number without how many": ({"RANK": "1"}, "RANK=1, and WORLD_SIZE is not set"),
+    "a number beyond them": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, and WORLD_SIZE is 2"),
+    "a number below zero": ({"RANK": "-1"}, "RANK=-1: "),
+    "a number here that is text": ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: "),
+    "no address of the first": ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+}
+
+
+@pytest.mark.parametrize(("environment", "told"), LAUNCHES.values(), ids=LAUNCHES)
+def test_a_launch_that_cannot_be_is_told(environment, told, tmp_path, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    err = refused(capsys, tmp_path / "a.jsonl", "--limit", 1)
+    assert told in err and "start several processes with accelerate launch" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_closed_streams_do_not_end_a_run(tmp_path):
+    command = [sys.executable, ROOT / "inference.py", *arguments(tmp_path / "a.jsonl", "--limit", 1)]
+    done = subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "-", *map(str, command)], check=False)
+    assert done.returncode == 0 and (tmp_path / "a.jsonl").read_bytes().count(b"\n") == 1
+
+
+def test_characters_that_a_console_lacks_are_escaped(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+
+    @common.command_line
+    def main(argv=None):
+        print("1 − 1")
+
+    main([])
+    assert console.buffer.getvalue() == b"1 \\u2212 1" + os.linesep.encode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_burst_of_signals_is_one_request_and_the_callers_handlers_come_back(number, capsys):
+    cleaned = []
+
+    @common.command_line
+    def main(argv=None):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            for other in (signal.SIGINT, signal.SIGTERM, number):
+                os.kill(os.getpid(), other)
+                time.sleep(0.001)
+            cleaned.append(True)
+
+    before = [signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        mine = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+        with pytest.raises(SystemExit) as stopped:
+            main([])
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == mine
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    assert stopped.value.code == 128 + number and cleaned
+    assert capsys.readouterr().err == {signal.SIGINT: "interrupted\n", signal.SIGTERM: "terminated\n"}[number]
+
+
+def test_a_second_signal_after_a_while_acts(monkeypatch):
+    monkeypatch.setattr(common, "BURST_SECONDS", 0)
+    heeded = []
+    restore = common.heed_stops(heeded.append)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        restore()
+    assert heeded == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_a_burst_that_reaches_a_process_leaves_no_traceback(tmp_path):
+    output = tmp_path / "a.jsonl"
+    process = start(output, "--limit", 240, "--batch-size", 4, stderr=subprocess.PIPE, text=True)
+    wait_for_answers(output, 3)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        time.sleep(0.001)
+    _, err = process.communicate(timeout=600)
+    assert "Traceback" not in err and err.splitlines()[-1] in ("interrupted", "terminated")
+    assert process.returncode in (130, 143)
 
 
 # ------------------------------------------------------------------------------------------
