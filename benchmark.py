@@ -10,7 +10,7 @@ Reads any JSONL whose lines hold `id`, `question`, `model_output` and `ground_tr
 further keys that `inference.py` writes are used where they stand. Nothing is loaded but text:
 torch is not imported, and a file in the order that `inference.py` writes is read as a stream.
 
-The two readings are `score_published` and `score_final` in `common.py`. The first is the rule
+The two readings are `score_published` and `score_final` in `reading.py`. The first is the rule
 behind the published figures; the second takes the answer as a careful reader would, and tells an
 answer that never came (unfinished, no answer) from one that is wrong.
 

@@ -1,11 +1,8 @@
-"""What the scripts share: prompts, data, model loading, generation, scoring, file formats.
+"""What the scripts share: errors and flags, prompts, the settings of decoding, file formats.
 
-Each fact lives here once. One prompt builder serves inference and training; one scorer serves
-`benchmark.py` and the evaluation inside training; one generation loop serves them all.
-
-The page reads in the order a run happens: errors and flags, prompts, data, model, choosing
-tokens, generation, scoring, files. torch and transformers are imported inside the functions that use them, so that
-`--help` and `benchmark.py` start at once.
+Each fact lives here once. One prompt builder serves inference and training; how an answer is read and
+scored is `reading.py`'s subject. torch and transformers are imported inside the functions that use them,
+so that `--help` and `benchmark.py` start at once.
 """
 
 import argparse

@@ -43,64 +43,132 @@ class Reading(NamedTuple):
     """What a careful reader takes from a completion.
 
     `status` is "read" (then `number` is an exact int or Fraction), "unfinished", "no_answer" or
-    "ambiguous". `start` and `end` bound the characters that it was read from.
+    "ambiguous". `start` and `end` bound the characters that it was read from; what stands before `begin` is thought.
+    `ran_on`: after the answer the text goes on with a problem or a turn of its own, which is left out.
     """
 
     status: str
     number: int | Fraction | None = None
     start: int = 0
     end: int = 0
+    begin: int = 0
+    ran_on: bool = False
 
 
-def read_final(text, thinking):
+def read_final(text: str, thinking: bool) -> Reading:
     """The final answer of a completion, as a careful reader takes it; `thinking`: a thought was opened.
 
-    Only the text after the last `</think>` counts; a thought that never closed is unfinished. There
-    the answer stands after the last `####` whose line, or the next line with words in it, holds a
-    number; else before a `####` that ends its line and the text (`98####`); else in the last
-    `\\boxed{}`. `read_line` says how the line itself is read. Never raises, and takes time in
-    proportion to the text.
+    Only text after the last thought counts; a thought that never closed is unfinished. There the answer stands after
+    the last `####` whose line, or the next line, holds it (a heading such as `#### Step 1` holds none); else before
+    a `####` that ends its line and the text (`98####`). A `\\boxed{}` counts where it stands after all of these.
+    Where a problem or turn of the model's own follows the answer, the text ends there.
+    `read_line` says how the line itself is read. Never raises, and takes time in proportion to the text.
     """
-    close = text.rfind("</think>")
-    begin = 0 if close < 0 else close + len("</think>")
-    if thinking and (close < 0 or text.find("<think>", begin) >= 0):
-        return Reading("unfinished")
+    return read_first(text, thinking, read_asked)
 
-    markers = [found.span() for found in MARKER.finditer(text, begin)] if "####" in text else []
-    stop = trailing = len(text)
+
+def read_first(text: str, thinking: bool, read) -> Reading:
+    """What `read(text, begin, stop)` finds in the first stretch of text that holds an answer, up to the next problem."""
+    spans, open_thought = outside_thoughts(text, thinking)
+    for begin, end in spans:
+        start = begin
+        for boundary in [*(found.start() for found in NEXT_PROBLEM.finditer(text, begin, end)), end]:
+            last = boundary == end
+            reading = read(text, start, boundary)
+            if not last and reading.status in ("read", "ambiguous"):
+                goes_on = WORD.search(TEMPLATE_TOKEN.sub("", text[boundary:])) is not None
+                return reading._replace(begin=begin, ran_on=goes_on)
+            start = boundary
+    if open_thought:
+        return Reading("unfinished", begin=len(text))
+    return reading._replace(begin=begin)
+
+
+def opens_thought(text: str) -> bool:
+    """Whether a thought is opened in the text: at the start of it or of a line, or as a token inside a line.
+
+    In the middle of a sentence, after a space, `<think>` is only spoken of.
+    """
+    return "<think>" in text and THOUGHT_OPENS.search(text) is not None
+
+
+def outside_thoughts(text: str, thinking: bool) -> tuple[list[tuple[int, int]], bool]:
+    """Spans of the text outside thoughts, and whether the last thought never closed.
+
+    What stands before a `</think>` is thought, also where no thought was seen to open.
+    """
+    opened = THOUGHT_OPENS.search(text) if thinking and "<think>" in text else None
+    close = text.find("</think>")
+    spans, at, inside = [], 0, thinking and (not opened or 0 <= close < opened.start())
+    while True:
+        if inside:
+            close = text.find("</think>", at)
+            if close < 0:
+                return spans, True
+            at = close + len("</think>")
+            opened = THOUGHT_OPENS.search(text, at)
+        end = opened.start() if opened else len(text)
+        for closed in THOUGHT_CLOSES.finditer(text, at, end):
+            spans, at = [], closed.end()
+        spans.append((at, end))
+        if not opened:
+            return spans, False
+        at, inside = opened.end(), True
+
+
+def read_asked(text: str, begin: int, stop: int) -> Reading:
+    """The answer in text[begin:stop] in one of the forms that are asked for: `####` or a box."""
+    reading, end = read_marked(text, begin, stop)
+    box = last_box(text, end, stop)
+    if not box:
+        return reading
+    return (box[0] < box[1] and read_span(text, *box)) or Reading("no_answer")
+
+
+def read_marked(text: str, begin: int, stop: int) -> tuple[Reading, int]:
+    """The answer by the last `####` that holds one, and where what stands after it begins."""
+    markers = (
+        [found.span() for found in MARKER.finditer(text, begin, stop)] if text.find("####", begin, stop) >= 0 else []
+    )
+    end = trailing = stop
     for marker, after in reversed(markers):
-        for start, end in answer_lines(text, after, stop):
-            reading = read_span(text, start, end)
+        for start, line_end in answer_lines(text, after, end):
+            reading = read_span(text, start, line_end)
             if reading:
-                return reading
-        if trailing == stop and not WORD.search(text, after, stop):
+                return reading, line_end
+        if trailing == end and not WORD.search(TEMPLATE_TOKEN.sub("", text[after:end])):
             trailing = marker
-        stop = marker
+        end = marker
 
-    if trailing < len(text):
+    if trailing < stop:
         line = max(begin, text.rfind("\n", begin, trailing) + 1)
-        reading = read_span(text, line, trailing, before_marker=True)
+        reading = read_span(text, BULLET.match(text, line, trailing).end(), trailing, before_marker=True)
         if reading:
-            return reading
-    boxes = [found.span(1) for found in BOXED.finditer(text, begin)] if "boxed" in text else []
-    return (boxes and read_span(text, *boxes[-1])) or Reading("no_answer")
+            return reading, trailing
+    return Reading("no_answer"), begin
 
 
-def answer_lines(text, after, stop):
-    """Spans of the two lines that may hold the answer of a `####`: its own, and the next with words."""
+def answer_lines(text: str, after: int, stop: int):
+    """Spans of the lines that may hold the answer of a `####`: its own, and the next one with words.
+
+    A heading has none. Under a title that does not name the answer the next line counts only as a bare number.
+    """
     if not DIGIT.search(text, after, stop):
         return
     newline = text.find("\n", after, stop)
-    if newline < 0:
-        yield after, stop
+    own_end = stop if newline < 0 else newline
+    if HEADING.match(text, after, own_end):
         return
-    yield after, newline
-    word = WORD.search(text, newline, stop)
+    yield after, own_end
+    word = WORD.search(text, own_end, stop)
     if word:
         end = text.find("\n", word.start(), stop)
-        start = text.rfind("\n", 0, word.start()) + 1
-        bullet = BULLET.match(text, start, word.start())
-        yield bullet.end() if bullet else start, stop if end < 0 else end
+        end = stop if end < 0 else end
+        start = max(own_end, text.rfind("\n", own_end, word.start()) + 1)
+        start = BULLET.match(text, start, word.start()).end()
+        titled = WORD.search(text, after, own_end) and not NAMES_ANSWER.search(text, after, own_end)
+        if not HEADING.match(text, start, end) and (not titled or PLAIN.fullmatch(text, start, end)):
+            yield start, end
 
 
 def read_span(text, start, end, before_marker=False):
@@ -111,13 +179,69 @@ def read_span(text, start, end, before_marker=False):
     return Reading("ambiguous" if number is AMBIGUOUS else "read", None if number is AMBIGUOUS else number, start, end)
 
 
+def last_box(text: str, begin: int, stop: int) -> tuple[int, int] | None:
+    """The span inside the last box of text[begin:stop], with a sign before it; an empty one where it is cut."""
+    boxes = [found.span() for found in BOX.finditer(text, begin, stop)] if text.find("box", begin, stop) >= 0 else []
+    if not boxes:
+        return None
+    start, end = boxes[-1]
+    close = closing_brace(text, end, stop)
+    if close is None:
+        return stop, stop
+    sign = NEGATED.search(text[max(begin, start - 3) : start])
+    return start - len(sign[0]) if sign else end, close
+
+
+def closing_brace(text: str, begin: int, stop: int) -> int | None:
+    """Where the brace that was opened before `begin` is closed; None where it is not."""
+    depth = 1
+    for brace in BRACE.finditer(text, begin, stop):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if not depth:
+            return brace.start()
+    return None
+
+
 AMBIGUOUS = object()
 LONGEST_ANSWER = 1_000  # characters; what is longer is a loop or a listing, not one number
 MARKER = re.compile(r"#{4,}")
 DIGIT = re.compile("[0-9０-９¼-¾⅐-⅞]")
 WORD = re.compile(r"[^\W_]")
-BULLET = re.compile(r"[ \t]*[-*•][ \t]+")
-BOXED = re.compile(r"\\boxed\s{0,9}\{([^{}]{0,200}(?:\{[^{}]{0,200}\}[^{}]{0,200}){0,9})\}")
+BULLET = re.compile(r"[ \t]*(?:>[ \t]*)*(?:[-*•][ \t]+)?")
+BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+NEGATED = re.compile(r"(?<![\w.)%\]])[-−–—]\$?\Z")
+THOUGHT_OPENS = re.compile(r"(?:^[ \t>]{0,99}|(?<=[^\s`'\"(\[{<*]))<think>", re.MULTILINE)
+THOUGHT_CLOSES = re.compile(r"(?<![`'\"(])(?:(?<!\S )</think>|</think>(?! [a-z]))")  # not: The </think> tag
+TEMPLATE_TOKEN = re.compile(
+    r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</s>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]"  # <|im_end|> and its kind
+)
+NEXT_PROBLEM = re.compile(
+    rf"""^[ \t>*_\#]{{0,20}}(?:
+             (?:(?:next|new|another)[ ])?(?:question|problem|exercise|example|问题|题目)
+                 [ \t]*\#?[0-9]{{0,4}}[ \t]*[*_]{{0,3}}(?:[:：]|[ \t]*$|(?<=[0-9])[.)])
+           | q[ \t]?[0-9]{{0,4}}[ \t]*[*_]{{0,3}}[:：)]
+           | (?:user|human|student|instruction|system|assistant)[ \t]*[*_]{{0,3}}(?:[:：]|[ \t]*$)
+           | (?<=\#)[ \t]*(?:input|response|output)[ \t]*:
+         )
+      | {TEMPLATE_TOKEN.pattern}
+    """,
+    re.VERBOSE | re.MULTILINE | re.IGNORECASE,
+)
+# What a `####` line begins with where it is a heading of the working and not the answer.
+HEADING = re.compile(
+    r"""[ \t*_]*(?:
+            (?:step|part|phase|stage|method|option|approach|case|example|exercise|question|problem)
+                [ \t]*\(?(?:[0-9]+|[A-Z]|[ivx]+)\b
+          | (?:day|week|month|year|person|group|scenario)[ \t]*[0-9]+[ \t*_]*:
+          | (?:note|check|verif\w*|confirm\w*|expla\w+|calculat\w+|comput\w+|given|work(?:ing|ings)?|reason\w*|breakdown
+               |details?|hint|tip|remark|understand\w*|proof|analys\w+|assum\w+|method|approach|solv\w+|example
+               |question|problem|information|summary[ ]of|let(?:'s|[ ]us)?|identify|determine|find|define|set[ ]up)\b
+          | [1-9][.)][ \t]+[ \t*_]*[A-Z](?![^\n]*\.[ \t*_]*(?:\n|\Z))   # 1. Find the cost; no sentence
+        )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+NAMES_ANSWER = re.compile(r"\b(?:ans|answer|result|final|conclusion|total|therefore|thus|hence|so)\b", re.IGNORECASE)
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
 PLAIN = re.compile(rf"[ \t\r$*]*(-?)({NUMBER})[ \t\r$*.]*")
 
@@ -129,53 +253,67 @@ VALUE = re.compile(
 )
 
 
-# With every value replaced by `#`: what makes one or more of them something else than the answer.
+# With every value replaced by `#` or `-#`: what makes one or more of them something else than the answer.
 EXPRESSION = re.compile(
     r"""\#\)?\s*[-+*×÷·^:/]+[-(\s]*\#          # 4 + 6, 4-6, 2:30, 1/2/3
       | [A-Za-z)]\s*[+×÷^/]\s*\#               # x / 2, 3 apples + 4
       | [A-Za-z)](?:\*|\s\*\s)\#               # x*2
+      | (?<![^\W\d_])[^\W\d_](?:_?[0-9])?\s*-[-(\s]*\#        # x - 8, x_1 - 8
+      | \bminus\b                              # eggs minus 8
       | \#\s*[+×÷^]\s*[A-Za-z(]                # 4 + x
+      | \#\)?\s*-[(\s]*(?:[b-zB-HJ-Z](?![A-Za-z'])|[aI](?![\w']|\s+[A-Za-z]))   # 20 - x; not 20 - a dozen
+      | \#\)?\s*/[(\s]*(?![hsdmwLlgy])[A-Za-z](?![A-Za-z'])  # 116/x; 5/h is a rate
+      | \#(?:\*|\s\*\s)\(*(?![aI]\s)[A-Za-z](?![A-Za-z'])    # 4*t
       | \#\)?[ *]*[xyznπ](?![A-Za-z'])         # 4x, 4 x
       | \#(?![mglshdcptwLCFVW])[A-Za-z](?![A-Za-z])  # 4b; 4m and 4h are units, 4k may be 4,000
+      | \#\)?[\s*(-]*(?:(?i:hundred|thousand|[mbtr]+illion|dozen|lakh|crore|mil|mn|bn)s?|[kKMBT])(?![A-Za-z'])
       | \#\(                                   # 4(3)
       | \#[.,:_]\s?[0-9]                       # 1.2.3, 1,5, 1_000
-      | [<>≤≥≠±√]                              # a range or a root
+      | [<>≤≥≠±√]                              # a range, a root or another function
     """,
     re.VERBOSE,
 )
+MAGNITUDE = re.compile(r"hundreds?\b|thousands?\b|illions?\b|dozens?\b", re.IGNORECASE)
 JOINED = re.compile(r"(?:[-+*×÷·^/]|[0-9]\s*:|\b(?:and|or|to))\s*\Z")
 ANNOTATIONS_AND_TAGS = re.compile(r"<<[^<>]*>>|</?([^<>]*)>")
 REMARK = re.compile(r"(?<=[\w%.])(?:\s+[(\[]|[(\[](?=[A-Za-z]{2}))[^()\[\]]*(?:[)\]]|$)")
 CLOCK = re.compile(r"(?<![0-9:.,])([0-9]{1,2}):00(?![0-9:])")
-LEADING_MINUS = re.compile(r"(?:^|(?<=[:(]))\s*-\s+(?=[0-9.])")
+LEADING_MINUS = re.compile(r"(?:^|(?<=[:(]))\s*-\s+(?=[(0-9.])")
+MINUS_WORD = re.compile(r"(?<![-\w])negative\s+(?=[(0-9.])|(?:^|(?<=[:(]))\s*minus\s+(?=[(0-9.])", re.IGNORECASE)
+MINUS_AFTER = re.compile(r"(\b(?:is|be|was|of|to|equals|answer)\s+)minus\s+(?=[(0-9.])", re.IGNORECASE)
+MINUS_BRACKET = re.compile(rf"(?<![\w.)%\]])-\s*\(\s*({NUMBER})\s*\)")
+MINUS_MARKUP = re.compile(r"(?<![\w.)%\]])-[*_$€£¥₹`{]+(?=[0-9.])")
+VARIABLE_BEFORE = re.compile(r"(?<![^\W\d_])[^\W\d_]\s*\Z")
 UNIT_EXPONENT = re.compile(r"(?<=[A-Za-z])\s*\^\s*[-+]?[0-9]+")
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+LATEX_FRACTION = re.compile(r"\\(?:[cdts]|nice)?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+LATEX_FONT = re.compile(r"\\(?:text|math|operator)[a-z]*\s*\{([^{}]*)\}")
 LATEX_THOUSANDS = re.compile(r"(?<=[0-9]),?(?:\\[,;:! ]|\{,\})(?=[0-9]{3}(?![0-9]))")
 LATEX_COMMAND = re.compile(r"\\([A-Za-z]+|.?)")
 LATEX_SYMBOLS = {
-    **dict.fromkeys(("times", "cdot"), "×"),
+    **dict.fromkeys(("times", "cdot", "bullet", "ast", "star", "*"), "×"),
     **dict.fromkeys(("approx", "to", "rightarrow", "Rightarrow", "implies", "equiv"), "="),
     **dict.fromkeys(("lt", "le", "leq", "gt", "ge", "geq"), "<"),
     **dict.fromkeys(("ne", "neq"), "≠"),
+    **dict.fromkeys(("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "phi", "omega", "sigma", "rho"), "x"),
+    **dict.fromkeys(("log", "ln", "exp", "sin", "cos", "tan", "mod", "bmod", "pmod", "lfloor", "lceil", "sqrt"), "√"),
+    **dict.fromkeys(("over", "/"), "/"),
+    **dict.fromkeys(("pm", "mp"), "±"),
+    **{character: character for character in "%$-+"},
     "div": "÷",
-    "pm": "±",
-    "sqrt": "√",
     "pi": "π",
-    "%": "%",
-    "$": "$",
 }
 TYPOGRAPHY = str.maketrans(
     {
-        **dict.fromkeys("−‒–﹣－", "-"),
+        **dict.fromkeys("−‐‑‒–—―﹣－", "-"),
         **dict.fromkeys("≈→⇒＝", "="),
         **dict.fromkeys("\u2009\u202f\u00a0", "\\,"),
         **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
         **{fraction: f" {normalize('NFKC', fraction).replace('⁄', '/')}" for fraction in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
         **{power: f"^{normalize('NFKC', power)}" for power in "²³"},
-        **dict(zip("，．％⋅∙∕⁄", ",.%··//", strict=True)),
+        **dict(zip("，．％⋅∙∕⁄（）：", ",.%··//():", strict=True)),
     }
 )
-MARKS = ((">=", "≥"), ("<=", "≤"), ("!=", "≠"), ("=>", "="), ("->", "="), ("-$", "-"), ("**", " "), ("__", " "))
+MARKS = ((">=", "≥"), ("<=", "≤"), ("!=", "≠"), ("=>", "="), ("->", "="), ("**", " "), ("__", " "))
 MARKUP = str.maketrans(dict.fromkeys("$€£¥₹`#{}", " "))
 
 
@@ -203,14 +341,16 @@ def read_line(line, before_marker=False):
 
 
 def read_side(side, before_marker):
-    side = LEADING_MINUS.sub("-", CLOCK.sub(r"\1", side))
+    side = MINUS_AFTER.sub(r"\1-", MINUS_WORD.sub(" -", side))
+    side = MINUS_BRACKET.sub(r"-\1", LEADING_MINUS.sub("-", CLOCK.sub(r"\1", side)))
     found = list(VALUE.finditer(side))
     if not found:
         return None
     if before_marker and not side[found[-1].end() :].strip(" .*"):
-        before = side[: found[-1].start()]
-        return AMBIGUOUS if JOINED.search(before) else exact(*found[-1].group("sign", "top", "bottom", "whole"))
-    if EXPRESSION.search(VALUE.sub("#", side)):
+        before, sign = side[: found[-1].start()], found[-1]["sign"]
+        joined = JOINED.search(before) or (sign == "-" and VARIABLE_BEFORE.search(before))
+        return AMBIGUOUS if joined else exact(*found[-1].group("sign", "top", "bottom", "whole"))
+    if EXPRESSION.search(VALUE.sub(lambda value: "-#" if value["sign"] == "-" else "#", side)):
         return AMBIGUOUS
     numbers = {exact(*value.group("sign", "top", "bottom", "whole")) for value in found}
     return numbers.pop() if len(numbers) == 1 else AMBIGUOUS
@@ -223,16 +363,24 @@ def clean_line(line):
     if not line.isascii():
         line = line.translate(TYPOGRAPHY)
     if "\\" in line or "{" in line:
+        for _ in range(3 if "frac" in line else 0):  # a fraction's parts may stand in fonts, and those in fonts
+            line = LATEX_FONT.sub(r" \1 ", line)
         line = LATEX_FRACTION.sub(r" \1\2/\3\4 ", LATEX_THOUSANDS.sub("", line))
         line = LATEX_COMMAND.sub(lambda command: LATEX_SYMBOLS.get(command[1], " "), line)
         line = line.replace("^ ", " ")
+    line = MINUS_MARKUP.sub("-", line)
     for mark, meaning in MARKS:
         line = line.replace(mark, meaning)
     line = UNIT_EXPONENT.sub("", line.translate(MARKUP))
     first = DIGIT.search(line)
     for _ in range(3 if first and ("(" in line or "[" in line) else 0):  # a remark may hold a remark
-        line = REMARK.sub(lambda remark: " " if remark.start() > first.start() else remark[0], line)
+        line = REMARK.sub(lambda remark: " " if is_aside(remark, first.start()) else remark[0], line)
     return line
+
+
+def is_aside(remark: re.Match, first_digit: int) -> bool:
+    """Whether a bracket only comments on a number before it; `2 (million)` is another number."""
+    return remark.start() > first_digit and not (MAGNITUDE.search(remark[0]) and not DIGIT.search(remark[0]))
 
 
 def exact(sign, top, bottom=None, whole=None):
@@ -278,7 +426,7 @@ def read_gold(ground_truth_answer: str) -> int | Fraction:
 
 def score_final(model_output, ground_truth_answer, thinking_open=False):
     """One of STATUSES for a completion. `thinking_open`: the prompt ended inside `<think>`."""
-    reading = read_final(model_output, thinking_open or "<think>" in model_output)
+    reading = read_final(model_output, thinking_open or opens_thought(model_output))
     return grade(reading, read_gold(ground_truth_answer))
 
 

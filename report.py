@@ -38,6 +38,7 @@ def summary(run, published, comparisons):
         **{status: run.counts[status] for status in STATUSES[1:]},
         "truncated": truncated(run),
         "forced": run.counts["forced"] if run.counts["forced_lines"] else None,
+        "ran_on": run.counts["ran_on"],
         "no_answer_right": run.counts["no_answer_right"],
         "output_tokens_mean": mean_tokens(run),
     }
@@ -67,6 +68,7 @@ def run_table(runs, published, commands=False):
     header = ["file", "lines", "final answer %", "published rule %"]
     header += ["published %", "in interval", "protocol"] if published else []
     header += ["unfinished", "at limit", "no answer", "ambiguous"]
+    header += ["ran on"] if any(run.counts["ran_on"] for run in runs) else []
     header += ["forced"] if any(run.counts["forced_lines"] for run in runs) else []
     header += ["tokens"] if any(mean_tokens(run) for run in runs) else []
     header += ["seconds", "command"] if commands else []
@@ -87,6 +89,7 @@ def run_cells(run, published, header):
         "at limit": None if limit is None else f"{limit:,}",
         "no answer": f"{run.counts['no_answer']:,}",
         "ambiguous": f"{run.counts['ambiguous']:,}",
+        "ran on": f"{run.counts['ran_on']:,}",
         "forced": f"{run.counts['forced']:,}" if run.counts["forced_lines"] else None,
         "tokens": None if tokens is None else f"{tokens:,.0f}",
     }
@@ -169,6 +172,11 @@ def run_notes(run):
         yield (
             f"{percent(counts['worked'], right):.0f} % of the right answers worked the problem out after `####`: "
             "this is not a direct answer"
+        )
+    if counts["ran_on"]:
+        yield (
+            f"{counts['ran_on']:,} texts ran on with a problem of their own after the answer, which counts alone: "
+            "a base model wants a stop text"
         )
     if counts["off_format"]:
         yield f"{counts['off_format']:,} answers were right but not in the asked format, `#### 18` alone on the last line"
@@ -407,9 +415,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 def page_output(row, reading, status):
     """One completion for the page: its text in four parts, thought, before, what was read, after."""
-    close = row.text.rfind("</think>")
-    answer = len(row.text) if status == "unfinished" else 0 if close < 0 else close + len("</think>")
-    answer = len(row.text) - len(row.text[answer:].lstrip())  # blank lines go with the thought
+    answer = len(row.text) - len(row.text[reading.begin :].lstrip())  # blank lines go with the thought
     start, end = (max(answer, reading.start), reading.end) if reading.end else (len(row.text), len(row.text))
     return {
         "sample": row.sample,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from common import PUBLISHED_KEYS, UserError, is_run_record, read_json, read_jsonl
-from reading import grade, last_number, read_final, read_gold, score_published
+from reading import grade, last_number, opens_thought, read_final, read_gold, score_published
 
 Z95 = NormalDist().inv_cdf(0.975)
 
@@ -79,12 +79,12 @@ def check_row(row):
 def was_prefilled(path, skip_bad):
     """Whether the prompts of a file that does not say so ended inside a thought.
 
-    So it is where no line holds `thinking_open` and no text `<think>`, yet at least half of the
+    So it is where no line holds `thinking_open` and no text opens a thought, yet at least half of the
     texts hold `</think>`. Reads on only until a line speaks.
     """
     closed = count = 0
     for row in read_rows(path, [] if skip_bad else None):
-        if row.thinking_open is not None or "<think>" in row.text:
+        if row.thinking_open is not None or opens_thought(row.text):
             return False
         count += 1
         closed += "</think>" in row.text
@@ -95,7 +95,7 @@ def thought(row, prefilled, override=None):
     """Whether a thought was opened before or in the completion; `override` is --thinking."""
     if override:
         return override == "yes"
-    return prefilled or bool(row.thinking_open) or "<think>" in row.text
+    return prefilled or bool(row.thinking_open) or opens_thought(row.text)
 
 
 ASKED_FORMAT = re.compile(r"#### ?-?[0-9][0-9,]*(\.[0-9]+)?\s*\Z")
@@ -109,7 +109,8 @@ class Rows:
     samples: array = field(default_factory=lambda: array("i"))
     right: bytearray = field(default_factory=bytearray)
     published: bytearray = field(default_factory=bytearray)
-    answers: array = field(default_factory=lambda: array("q"))  # hashes of the numbers; -1, no hash, where none is read
+    answers: array = field(default_factory=lambda: array("q"))  # places of the numbers in `numbers`; -1: none was read
+    numbers: dict = field(default_factory=dict)  # each number that was read, and its place
 
 
 @dataclass
@@ -162,8 +163,12 @@ def pool(first, second):
     if set(first.rows.questions) != set(second.rows.questions):
         raise UserError(f"--pool-seeds: {first.path} and {second.path} hold other questions; pool files of the same")
     rows, offset = Rows(), 1 + max(first.rows.samples)
-    for name in vars(rows):
+    for name in ("questions", "samples", "right", "published"):
         setattr(rows, name, getattr(first.rows, name) + getattr(second.rows, name))
+    rows.numbers = {number: place for place, number in enumerate({**first.rows.numbers, **second.rows.numbers})}
+    for old in (first.rows, second.rows):
+        places = [*(rows.numbers[number] for number in old.numbers), -1]  # a place of -1 finds the last, -1
+        rows.answers.extend(places[answer] for answer in old.answers)
     for line in range(len(first.rows.samples), len(rows.samples)):
         rows.samples[line] += offset
     return Run(
@@ -202,6 +207,7 @@ def score_rows(path, options, prefilled, keep):
         counts["lines"] += 1
         counts["bytes"] += len(row.text) if row.text.isascii() else len(row.text.encode("utf-8", "replace"))
         counts[status] += 1
+        counts["ran_on"] += reading.ran_on
         published = score_published(row.text, row.answer)
         counts["published"] += published
         if row.finish_reason is not None:
@@ -215,17 +221,20 @@ def score_rows(path, options, prefilled, keep):
             counts["forced"] += row.forced
         if status == "right":
             counts["worked"] += "=" in row.text[reading.start : reading.end]
-            counts["off_format"] += not ASKED_FORMAT.search(row.text, max(0, len(row.text) - 80))
+            whole = row.finish_reason != "length" and not reading.ran_on
+            counts["off_format"] += whole and not ASKED_FORMAT.search(row.text, max(0, len(row.text) - 80))
         elif status == "unfinished":
             counts["unfinished_published"] += published
         elif status == "no_answer":
             counts["no_answer_right"] += last_number(row.text.rpartition("</think>")[2]) == row.gold
         if keep:
-            rows.questions.append(hash((row.id, row.question, row.answer)))
+            # The id as text: Python's hashes of -1 and -2 are the same.
+            rows.questions.append(hash((repr(row.id), row.question, row.answer)))
             rows.samples.append(row.sample)
             rows.right.append(status == "right")
             rows.published.append(published)
-            rows.answers.append(-1 if reading.number is None else hash((reading.number,)))
+            number = reading.number
+            rows.answers.append(-1 if number is None else rows.numbers.setdefault(number, len(rows.numbers)))
     questions = count_questions(path, rows) if keep else counts["lines"]
     return Run((path,), bare(path).name, questions, counts, len(bad), prefilled, rows if keep else None)
 
@@ -316,7 +325,7 @@ def count_votes(run):
         drawn[len(lines), len(right)] += 1
         winners, tied = vote([run.rows.answers[line] for line in lines[:most]])
         for k, winner in enumerate(winners):
-            majority_right[k] += winner in right[:1]
+            majority_right[k] += winner in right  # several numbers can meet a reference with a fraction part
         ties += tied
     questions = len(by_question)
     pass_at = [

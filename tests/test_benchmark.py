@@ -74,6 +74,40 @@ def test_the_published_files_come_to_the_published_counts(shared, score):
     assert [run["truncated"] for run in runs] == [None] * 5
 
 
+def test_votes_are_counted_by_exact_value(write, score):
+    texts = ["#### -1", "#### -2", "#### -2"]  # Python's hash of -1 is that of -2
+    (run,) = score(write([line(0, text, "#### -1", sample=k) for k, text in enumerate(texts)]))
+    assert (run["majority_at"], run["ties"]) == ([100, 100, 0], 0)
+    texts = ["#### 0.33333", "#### 0.33334", "#### 0.33334"]  # both meet 1/3 within 1e-4
+    (run,) = score(write([line(0, text, "#### 1/3", sample=k) for k, text in enumerate(texts)]))
+    assert run["majority_at"] == [100, 100, 100]
+
+
+def test_questions_are_told_apart_by_exact_id(write, score):
+    (run,) = score(write([line(id) | {"question": "the same"} for id in (-1, -2, "-1")]))
+    assert run["questions"] == 3
+
+
+def test_texts_that_ran_on_are_counted_and_told(write, score, capsys):
+    path = write([line(0, "#### 18\n\nQuestion: Tom has 5.\nAnswer: #### 5"), line(1)])
+    (run,) = score(path)
+    assert (run["correct"], run["ran_on"]) == (2, 1)
+    benchmark.main([path])
+    out = capsys.readouterr().out
+    assert "ran on" in out.splitlines()[0] and "1 texts ran on" in out
+    benchmark.main([write([line(0)])])
+    assert "ran on" not in capsys.readouterr().out
+
+
+def test_a_cut_text_is_not_said_to_lack_only_the_format(write, score, capsys):
+    cut = "The total is 20 - 2 = 18 dollars, for 2 of the 20 go. So"
+    path = write([line(0, "#### 18\n" + cut, finish_reason="length"), line(1, cut.replace("2 of", "18 of"))])
+    (run,) = score(path)
+    assert (run["correct"], run["no_answer"], run["no_answer_right"]) == (1, 1, 0)
+    benchmark.main([path])
+    assert "format" not in capsys.readouterr().out
+
+
 def test_every_line_is_counted_once_by_status(write, score):
     texts = ["#### 18", "#### 1", "<think>18", "18", "#### 4 and 6", "#### 18####"]
     (run,) = score(write([line(i, text, output_tokens=10) for i, text in enumerate(texts)]))

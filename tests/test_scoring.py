@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common import UserError
-from reading import STATUSES, read_final, read_gold, read_published, score_final, score_published
+from reading import STATUSES, opens_thought, read_final, read_gold, read_published, score_final, score_published
 
 READ = {
     "#### 18": 18,
@@ -75,6 +75,47 @@ READ = {
     "#### 5\nNo, wait.\n#### 18": 18,
     "So $\\boxed{12}$, no: $\\boxed{\\frac{7}{2}}$.": Fraction(7, 2),
     "<think>\n#### 4\n</think>\n\n#### 18": 18,
+    # signs
+    "#### negative 5": -5,
+    "#### minus 5": -5,
+    "#### The change is minus $5": -5,
+    "#### \\-5": -5,
+    "#### -(5)": -5,
+    "#### —5": -5,
+    "#### -£5": -5,
+    "#### The change is -**5**": -5,
+    "negative 5 ####": -5,
+    "So $-\\boxed{5}$.": -5,
+    "- \\boxed{5}": 5,  # a bullet, as in the next two
+    "- 18 ####": 18,
+    "#### Answer\n- 18": 18,
+    "-18 ####": -18,
+    "#### Total - 18": 18,
+    "#### 18 — the total": 18,
+    "#### 18 - a dozen eggs": 18,
+    "#### $5/hour": 5,
+    "#### 5/h": 5,
+    # boxes
+    "\\boxed{12} no: \\boxed{\\mathbf{\\text{18}}}": 18,
+    "\\boxed{{{18}}}": 18,
+    "\\boxed{\\frac{\\text{7}}{\\mathbf{2}}}": Fraction(7, 2),
+    "\\fbox{18}": 18,
+    "#### 12\nNo, wait: \\boxed{18}": 18,
+    "#### \\cfrac{1}{2}": Fraction(1, 2),
+    # headings
+    "#### Step 1: Add\n5 + 3 = 8\n\\boxed{18}": 18,
+    "#### 1. Find the cost\n5\n\\boxed{18}": 18,
+    "#### 8. So she has 8 eggs.": 8,
+    "#### Note: 1 day \\boxed{18}": 18,
+    "#### 18\n#### Check\n16 - 7 = 9": 18,
+    "#### Final Answer:\n\n$18": 18,
+    "#### Profit\n18": 18,
+    "#### Day 5": 5,
+    "#### Answer\n> 18": 18,
+    "18 ####</s>": 18,
+    "18 ####<|im_end|>": 18,
+    "#### 5 hundredths": 5,
+    "#### 36 (3 dozen)": 36,
 }
 
 AMBIGUOUS = [
@@ -108,9 +149,47 @@ AMBIGUOUS = [
     "#### $ \\frac{32}{3} $ or approximately 10.67 feet.",
     "#### 1/0",
     "#### " + "7" * 5000,
+    "#### x - 8",
+    "#### x -8",
+    "x -8 ####",
+    "#### 20 - x",
+    "#### 20-x",
+    "#### x - (56/7)",
+    "#### x minus 8",
+    "#### eggs minus 8",
+    "#### 116/x",
+    "#### \\frac{116}{x}",
+    "#### 8 * t",
+    "#### \\theta - 8",
+    "#### \\log 8",
+    "#### 4 \\* 4",
+    "#### 2 million",
+    "#### 2 \\text{ million}",
+    "#### 2 (million)",
+    "2 million ####",
+    "#### 2 M",
+    "#### 2 k",
+    "#### 7.5 dozen",
 ]
 
-NO_ANSWER = ["", "18", "The answer is 18.", "### 18", "#### m^2", "#### none", "\\boxed{x}", "N = 90 $.\n\n####"]
+NO_ANSWER = [
+    "\\boxed{12} no: \\boxed{1",
+    "\\boxed{18}. \\boxed{}",
+    "#### 5\nso \\boxed{18}. \\boxed{}",
+    "#### Step 1: 5 + 3 = 8",
+    "#### Step 2: 3 * 6 = 18\n\nThe answer is 18.",
+    "#### Note: 1 day",
+    "#### Verification: 3 * 6 = 18",
+    "#### Profit\n16 - 7 = 9",
+    "",
+    "18",
+    "The answer is 18.",
+    "### 18",
+    "#### m^2",
+    "#### none",
+    "\\boxed{x}",
+    "N = 90 $.\n\n####",
+]
 
 
 @pytest.mark.parametrize("text", READ)
@@ -138,10 +217,52 @@ def test_a_number_outside_the_asked_format_is_no_answer(text):
         ("so\n</think>\n\n#### 18", False, "right"),
         ("<think>a</think>#### 18<think>b", False, "unfinished"),
         ("<think>\n#### 18\n</think>", False, "no_answer"),
+        ("<think>a</think> The <think> tag. #### 18", False, "right"),
+        ("The `<think>` tag. #### 18", False, "right"),
+        ("<think>a</think>#### 18. The </think> tag.", False, "right"),
+        ("Well.\n<think>\n#### 4\n</think>\n#### 18", False, "right"),
+        ("<think>a</think>#### 4\n</think>\n#### 18", False, "right"),
     ],
 )
 def test_only_what_follows_a_closed_thought_counts(text, thinking_open, status):
     assert score_final(text, "#### 18", thinking_open) == status
+
+
+NEXT = [  # how the next problem begins
+    "\n\nQuestion: Tom has 5.\nAnswer: #### 5",
+    "\n\n**Question 2:** Tom has 5.\n#### 5",
+    "\n### Problem 2\nTom has 5.\n\\boxed{5}",
+    "\nProblem 2. Tom has 5.\n#### 5",
+    "\nQ: Tom has 5.\nA: #### 5",
+    "\nuser\nTom has 5.\nassistant\n#### 5",
+    "\nHuman: Tom has 5.\n#### 5",
+    "\n### Instruction:\nTom has 5.\n#### 5",
+    "<|im_end|>\n<|im_start|>user\nTom has 5.<|im_end|>\n<|im_start|>assistant\n#### 5",
+    "<|im_end|>\n<|im_start|>assistant\n<think>\n#### 4\n</think>\n#### 5",
+    "<|im_end|>\n<|im_start|>assistant\n<think>\n#### 5",
+    " [INST] Tom has 5. [/INST] #### 5",
+]
+
+
+@pytest.mark.parametrize("after", NEXT)
+@pytest.mark.parametrize("answer", ["#### 18", "18 ####", "\\boxed{18}"])
+def test_where_a_problem_of_its_own_follows_the_answer_before_it_counts(answer, after):
+    reading = read_final(answer + after, opens_thought(after))
+    assert (reading.number, reading.ran_on) == (18, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Question: Tom has 5.\nAnswer: #### 18", 18),  # the question told again, nothing answered before it
+        ("#### 18<|im_end|>", 18),
+        ("#### 18\n\nA problem: eggs. No question is left.", 18),
+        ("Question: 2\n\nNo number here.\n\nQuestion: 3\n#### 18", 18),
+    ],
+)
+def test_a_text_that_only_ends_has_not_run_on(text, number):
+    reading = read_final(text, thinking=False)
+    assert (reading.number, reading.ran_on) == (number, False)
 
 
 def test_numbers_are_compared_exactly_by_the_final_reading_alone():
@@ -258,6 +379,19 @@ HARMFUL = (
         "1 (",
     ),
     *("1.", "a ", "a^", "\\,", "$ ", ",,1", "<think>", "</think>", "𝟙", "½"),
+    *(
+        "\\boxed{1} ",
+        "\nQ: #### 1",
+        "\nQuestion",
+        "<|im_end|>",
+        "\n#### Step 1",
+        "minus 1 ",
+        "-(1",
+        "-**",
+        "\\text{",
+        "> ",
+    ),
+    *("Final answer: ", "The answer is 1. ", "<answer>1", "**1** ", "\n1"),
 )
 
 
