@@ -203,7 +203,7 @@ BAD_LINES = {
     "id is a list": json.dumps(line([])),
     "id is true": json.dumps(line(True)),
     "model_output is null": json.dumps(line(1, None)),
-    "no gold number": json.dumps(line(1, gold="18")),
+    "no gold number": json.dumps(line(1, gold="eighteen")),
     "sample below zero": json.dumps(line(1, sample=-1)),
     "sample is text": json.dumps(line(1, sample="0")),
     "thinking_open is a number": json.dumps(line(1, thinking_open=1)),
