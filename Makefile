@@ -29,7 +29,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -r requirements.txt
 	@touch $@
-.venv/installed-tests: .venv/installed tests/requirements.txt
+.venv/installed-tests: .venv/installed requirements-optional.txt tests/requirements.txt
 	.venv/bin/pip install -q -r tests/requirements.txt
 	@touch $@
 

@@ -32,14 +32,13 @@ from common import (
     UserError,
     at_least,
     command_line,
-    is_run_record,
     log,
     printable,
     read_json,
     replacing,
     write_atomically,
 )
-from data import load_questions
+from costs import record_in, show_list
 from demo import sweep
 from scores import PUBLISHED_FILE, SEED
 
@@ -188,7 +187,7 @@ def train_split(flags, questions):
 def real_experiments():
     """What is asked of a real model on a machine without a GPU: everything in cot, on the first 660 questions."""
     first = {"limit": 660}
-    short = {"mode": "cot", "max_steps": 100}
+    short = {"mode": "cot", "max_steps": 100, "eval_questions": 100}
     trainings = [
         Training("sft-cot", short),
         Training("lora-r4-cot", short | {"rank": 4}, "train_lora.py"),
@@ -512,147 +511,6 @@ def is_kept(row, table, setup):
     return kept
 
 
-# ---- What they cost
-
-
-# Mean output tokens of an answer by Qwen3-0.6B, counted in the published outputs; thinking at 1,024 tokens at most.
-ANSWER_TOKENS = {"zero_shot": 13, "cot": 176, "few_shot": 117, "thinking": 629, "chatml_think_prefill": 153}
-# 22 % of those thoughts reached the limit. If thoughts end at a steady rate, such a one goes on for 670 tokens.
-BEYOND_1024 = 147
-EXAMPLE_TOKENS = 223  # of a GSM8K train question in chatml_think_prefill with its reference answer, counted
-# Tokens a second of Qwen3-0.6B's shape in fp32 on two CPU cores. The first is measured (results/speed.md), the
-# second computed from the 196 GFLOP/s of that machine's matrix products, 6 products a weight, half of it reached.
-DEFAULT_RATES = {"generated": 18, "trained": 27}
-GSM8K = {"train": 7473, "test": 1319}
-
-
-def show_list(chosen, setup):
-    """A line an experiment: its state, tokens to generate and to train on, and their time. A training counts once."""
-    rates, seen, table, total = measured_rates(setup), set(), [], 0.0
-    for row in chosen:
-        answers, generated = answer_tokens(row, setup)
-        trained = 0
-        for training in trainings_of(row):
-            if training.name not in seen:
-                seen.add(training.name)
-                trained += training_tokens(training, setup)
-                generated += evaluation_tokens(training, setup)
-        seconds = rates and generated / rates["generated"] + trained / rates["trained"]
-        total += seconds or 0
-        cells = row.name, row.group, state(row, setup), f"{answers:,}", f"{generated:,.0f}", f"{trained:,}"
-        table.append((*cells, in_words(seconds) if rates else "-"))
-    header = ("experiment", "group", "state", "answers", "tokens", "trained on", "time, about")
-    widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
-    for line in (header, *table):
-        cells = [
-            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-    if not rates:
-        print("\nNo time: nothing was measured for this model yet. Run one experiment, then list again.")
-        return
-    print(f"\n{len(table)} experiments, {len(seen)} trainings, about {in_words(total)} one after another")
-    told = f"{rates['generated']:,.0f} tokens/s generated, {rates['trained']:,.0f} tokens/s trained on"
-    print(f"Rates: {told}, {rates['source']}. Tokens include the answers by which a training is evaluated.")
-
-
-def in_words(seconds):
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def trainings_of(row):
-    return [] if row.training is None else row.training.best_of or [row.training]
-
-
-def state(row, setup):
-    here = [(setup.answers / f"{name}.jsonl") for name in row.files]
-    if all(path.exists() for path in here):
-        return "finished"
-    if any(path.exists() or Path(f"{path}.part").exists() for path in here):
-        return "begun"
-    return "in results" if all((setup.results / f"{name}.jsonl.gz").exists() for name in row.files) else "-"
-
-
-def answer_tokens(row, setup):
-    """(answers, tokens to generate) of an experiment. Its own record says how long its answers are, where there is one."""
-    split = row.flags.get("split", "test")
-    limit = row.flags.get("limit") if split == "train" else setup.limit or row.flags.get("limit")
-    answers = min(limit or sys.maxsize, count_questions(setup.dataset, split)) * row.flags.get("num_samples", 1)
-    made = sum_records([path for name in row.files for path in records_of(name, setup)])
-    budgets = row.flags.get("think_budget", ())
-    if made["answers"]:
-        return answers * len(row.files), round(answers * len(row.files) * made["output_tokens"] / made["answers"])
-    most = row.flags.get("max_new_tokens") or max(budgets)
-    mean = ANSWER_TOKENS[row.flags["mode"]]
-    mean += BEYOND_1024 if row.flags["mode"] == "thinking" and most > 1024 else 0
-    # A smaller budget takes over what the larger one made and adds an answer, at most as long as one of cot.
-    return answers * len(row.files), answers * (min(mean, most) + ANSWER_TOKENS["cot"] * max(0, len(budgets) - 1))
-
-
-def training_tokens(training, setup):
-    flags = {"batch_size": 16, "epochs": 3} | setup.sizes.training | training.flags | given(max_steps=setup.max_steps)
-    examples = count_questions(setup.dataset, "train") - 500
-    if flags.get("max_steps"):
-        examples = min(flags["max_steps"] * flags["batch_size"], examples * flags["epochs"])
-    else:
-        examples *= flags["epochs"]
-    return examples * EXAMPLE_TOKENS
-
-
-def evaluation_tokens(training, setup):
-    """Tokens of the held-out questions that are answered before a training and after every epoch."""
-    flags = {"eval_questions": 500} | setup.sizes.training | training.flags
-    epoch = (count_questions(setup.dataset, "train") - 500) * EXAMPLE_TOKENS
-    times = 1 + -(-training_tokens(training, setup) // max(1, epoch))
-    return times * flags["eval_questions"] * ANSWER_TOKENS[flags.get("mode", "chatml_think_prefill")]
-
-
-def count_questions(dataset, split):
-    return GSM8K[split] if dataset == "openai/gsm8k" else len(load_questions(dataset, split))
-
-
-def measured_rates(setup):
-    """Tokens a second by the run records of this model; by those of Qwen3-0.6B's shape where it is that; else None."""
-    made = sum_records([*setup.answers.glob("*.run.json"), *setup.results.glob("*.run.json")])
-    if not made["seconds"]:
-        return DEFAULT_RATES | {"source": "on two CPU cores"} if Path(setup.model).name == "Qwen3-0.6B" else None
-    generated = made["output_tokens"] / made["seconds"]
-    trained = generated * DEFAULT_RATES["trained"] / DEFAULT_RATES["generated"]
-    return {
-        "generated": generated,
-        "trained": trained,
-        "source": "the first by this model's run records, the second computed from it",
-    }
-
-
-def record_in(path):
-    """A run record, or an empty one where the file holds none."""
-    with contextlib.suppress(UserError):
-        record = read_json(path)
-        if is_run_record(record):
-            return record
-    return {"segments": [], "decides": {}}
-
-
-def records_of(name, setup):
-    paths = (setup.answers / f"{name}.run.json", setup.results / f"{name}.run.json")
-    return [path for path in paths if path.exists()][:1]
-
-
-def sum_records(paths):
-    """Answers, output tokens and seconds over the finished segments of run records."""
-    total = dict.fromkeys(("answers", "output_tokens", "seconds"), 0)
-    for path in paths:
-        for segment in record_in(path)["segments"]:
-            if segment.get("seconds") and segment.get("output_tokens"):
-                for name in total:
-                    total[name] += segment[name]
-    return total
-
-
 # ---- The report
 
 
@@ -665,11 +523,7 @@ HEADINGS = {
     "real-own": "Trained on own right answers",
     "rates": "Learning rates",
 }
-BASES = {
-    "recipes": ["base-prefill-1024"],
-    "past": ["thinking-4096"],
-    "real-own": ["cot"],
-}  # for a group to stand beside
+BASES = {"recipes": "base-prefill-1024", "past": "thinking-4096", "real-own": "cot"}  # stands beside the group
 BEST_PUBLISHED = "BF16-thinking_model_outputs_reduced_batch"
 FAMILIES = {
     "prompting": ["zero_shot_model_outputs", "cot_model_outputs", "few_shot_model_outputs", BEST_PUBLISHED],
@@ -699,13 +553,13 @@ def write_report(table, setup):
     for group, heading in HEADINGS.items():
         own = files_there(sections[group], setup)
         if own:
-            bases = [row for row in table if row.name in BASES.get(group, ())]
+            bases = [row for row in table if row.name == BASES.get(group)]
             parts.append(section(group, heading, [*files_there(bases, setup), *own], setup))
     for family, names in FAMILIES.items():
         rows = [row for name in names for row in table if name in (row.name, SEED.sub("", row.name))]
         finished = [path for path in files_there(rows, setup) if ".part." not in path.name]
         if len({SEED.sub("", path.name.removesuffix(".jsonl.gz")) for path in finished}) > 1:
-            text = printed(benchmark.main, "--compare", "--pool-seeds", "--markdown", *finished)
+            text = printed(benchmark.main, ["--compare", "--pool-seeds", "--markdown", *map(str, finished)])
             parts.append(f"\n## Compared: {family}\n\n{text}")
     page = setup.results / "README.md"
     write_atomically(page, "".join(parts))
@@ -730,11 +584,13 @@ def gather(table, setup):
                     (setup.results / stale).unlink(missing_ok=True)
     for path in sorted(setup.trained.glob("*/train.run.json")):
         found.append((f"train/{path.parent.name}.run.json", path))
+    for path in sorted(setup.trained.glob("rates/*/*e-*/train.run.json")):  # not those of a link to the best
+        found.append((f"train/{path.relative_to(setup.trained)}", path))
     if not found and not list(setup.results.glob("*.jsonl.gz")):
         raise UserError(f"{setup.results}: nothing to report yet; python reproduce.py run makes it")
-    (setup.results / "train").mkdir(parents=True, exist_ok=True)
     for name, path in found:
         target = setup.results / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".gz"):
             text = b"".join(line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
             if not (target.exists() and gzip.decompress(target.read_bytes()) == text):
@@ -783,21 +639,20 @@ def section(group, heading, paths, setup):
     extra = ["--published"] if group == "published" else []
     with tempfile.TemporaryDirectory(dir=setup.results) as folder:
         picture = Path(folder) / f"{group}.png"
-        text = printed(benchmark.main, "--markdown", "--commands", "--pool-seeds", *paths, "--plot", picture, *extra)
+        words = ["--markdown", "--commands", "--pool-seeds", *map(str, paths), "--plot", str(picture), *extra]
+        text = printed(benchmark.main, words)
         os.replace(picture, setup.results / picture.name)
     begun = [path.name.removesuffix(".jsonl.gz") for path in paths if ".part." in path.name]
     notes = "".join(f"\n- {name}: not finished, these are the answers so far\n" for name in begun)
-    rates = ""
-    if group == "rates" and (setup.trained / "rates").exists():
-        rates = f"```\n{printed(sweep.main, setup.trained / 'rates')}```\n\n"
-    return f"\n## {heading}\n\n{rates}{text}{notes}\n![{group}]({picture.name})\n"
+    scores = f"```\n{printed(sweep.show, setup.results / 'train/rates')}```\n\n" if group == "rates" else ""
+    return f"\n## {heading}\n\n{scores}{text}{notes}\n![{group}]({picture.name})\n"
 
 
-def printed(main, *words):
-    """What a script prints, run in this process: it is read many times, and its imports are slow."""
+def printed(main, *arguments):
+    """What a script prints, run in this process: starting one takes a second, and a report needs ten."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        main([str(word) for word in words])
+        main(*arguments)
     return text.getvalue()
 
 

@@ -21,19 +21,26 @@ PUBLISHED_RATE = "1e-6"
 @command_line
 def main(argv=None):
     (folder,) = map(Path, sys.argv[1:] if argv is None else argv)
+    for method, best in show(folder).items():
+        link = folder / method / "best"
+        link.unlink(missing_ok=True)
+        link.symlink_to(best)
+
+
+def show(folder):
+    """Print the table of FOLDER; returns the best rate of each method."""
+    found = {}
     print(f"{'method':<12}{'learning rate':>14}{'eval_score':>20}{'eval_loss':>12}")
     for method in sorted(path for path in folder.iterdir() if path.is_dir() and rates(path)):
         results = {rate: read_result(method / rate) for rate in sorted(rates(method), key=float)}
         own = {rate: result for rate, result in results.items() if rate != PUBLISHED_RATE}
-        best = max(own, key=lambda rate: (own[rate]["eval_score"], -own[rate]["eval_loss"]))
+        best = found[method.name] = max(own, key=lambda rate: (own[rate]["eval_score"], -own[rate]["eval_loss"]))
         for rate, result in results.items():
             score = f"{result['eval_score']:.1f} % ± {result['eval_score_stderr']:.1f}"
             mark = {best: "  best", PUBLISHED_RATE: "  published rate"}.get(rate, "")
             print(f"{method.name:<12}{rate:>14}{score:>20}{result['eval_loss']:>12.4f}{mark}")
-        link = method / "best"
-        link.unlink(missing_ok=True)
-        link.symlink_to(best)
     print("± is one standard error; the held-out problems come from the train split")
+    return found
 
 
 def rates(method):

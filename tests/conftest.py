@@ -12,6 +12,10 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes seconds; `make quick` leaves it out")
+
+
 SHARED = Path(os.environ.get("GSM8K_SHARED") or ROOT.parent / "shared")
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import benchmark
 import common
+import costs
 import inference
 import reproduce
 import train
@@ -161,8 +162,8 @@ def test_the_list_takes_rates_and_lengths_from_the_records_that_are_there(reprod
     setup = setup_in(reproduced)
     record = common.read_json(reproduced / "outputs/cot_model_outputs.run.json")["segments"][0]
     (row,) = reproduce.choose(reproduce.experiments(SMALL), ["cot_model_outputs"])
-    assert reproduce.answer_tokens(row, setup) == (5, record["output_tokens"])
-    assert reproduce.measured_rates(setup)["generated"] > 0
+    assert costs.answer_tokens(row, setup) == (5, record["output_tokens"])
+    assert costs.measured_rates(setup)["generated"] > 0
 
 
 # ---- Running
