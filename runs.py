@@ -11,10 +11,10 @@ import glob
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
+from checkpoints import drop_checkpoints, last_checkpoint
 from common import (
     UserError,
     is_main,
@@ -521,25 +521,3 @@ def drop_training(folder: Path):
 
 def write_record(folder: Path, record: dict):
     write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
-
-
-def checkpoints(folder):
-    """The checkpoint folders, the newest last."""
-    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def drop_checkpoints(folder):
-    for checkpoint in checkpoints(folder):
-        shutil.rmtree(checkpoint)
-
-
-def last_checkpoint(folder):
-    """The newest whole checkpoint, or None. The trainer's state is written last: without it, a kill cut it short."""
-    for checkpoint in reversed(checkpoints(folder)):
-        with contextlib.suppress(UserError):
-            step = read_json(checkpoint / "trainer_state.json")["global_step"]
-            log(f"going on after step {step}, from {checkpoint}")
-            return checkpoint
-    log(f"{folder}: no checkpoint yet, beginning anew")
-    return None

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoints import drop_checkpoints
 from common import (
     MODES,
     ArgumentParser,
@@ -48,7 +49,7 @@ from common import (
 )
 from data import Question, hash_questions, load_questions
 from reading import read_gold
-from runs import claim_folder, describe_run, drop_checkpoints, locked_folder, write_record
+from runs import claim_folder, describe_run, locked_folder, write_record
 
 TRAINED_MODES = tuple(mode for mode in MODES if mode != "few_shot")  # its prompt needs worked examples
 # The flags that decide the weights. Of a new one record only what is not its default: runs made before then resume.
@@ -117,7 +118,9 @@ def train_in_folder(args, record, build_trainer, ask, next_command):
     build_trainer(resumed) returns the trainer, a `trainer.Scored`. ask(question) is the prompt that the
     card shows, next_command what to run with the finished model.
     """
-    from trainer import train
+    from safetensors import SafetensorError
+
+    from trainer import named_save_errors, train
 
     if args.push_to_hub:  # a refusal comes before the training
         call_hub("create_repo", args.push_to_hub, repo_id=args.push_to_hub, exist_ok=True)
@@ -129,9 +132,11 @@ def train_in_folder(args, record, build_trainer, ask, next_command):
         if not finished:
             trainer = build_trainer(checkpoint is not None)
             begun = time.perf_counter()
-            train(trainer, checkpoint)
+            with named_save_errors(args.output_dir):
+                train(trainer, checkpoint)
             record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
-            finish(args, trainer, record, ask)
+            with named_save_errors(args.output_dir, (OSError, RuntimeError, SafetensorError)):
+                finish(args, trainer, record, ask)
             log(f"{args.output_dir}: finished; {next_command}")
             wait_for_all()  # a launcher stops the rest as soon as one process has ended badly
         part_from_all()

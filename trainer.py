@@ -8,17 +8,22 @@
 import contextlib
 import math
 import random
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from trl import SFTConfig, SFTTrainer
 
+from checkpoints import checkpoint_at, drop_checkpoints, write_manifest
 from common import (
     Decoding,
+    UserError,
+    first_line,
     follow_umask,
     gathered,
     heed_stops,
@@ -27,6 +32,7 @@ from common import (
     processes,
     stop,
     thinking_is_open,
+    wait_for_all,
 )
 from data import Question
 from generation import Request, generate
@@ -76,7 +82,6 @@ def common_settings(args, steps: int, on_cpu: bool, resumed: bool) -> dict:
         "dataloader_pin_memory": torch.cuda.is_available() and not on_cpu,
         "seed": args.seed,
         "eval_on_start": not resumed,
-        "save_total_limit": 1,  # the best one stays beside the last
         "load_best_model_at_end": True,
         "metric_for_best_model": metric,
         "greater_is_better": metric == "eval_score",
@@ -247,9 +252,25 @@ class Scored:
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        """Save, list what was saved, and only then drop the checkpoints before: the newest and the best one stay."""
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        checkpoint = checkpoint_at(folder, step)
+        if is_main() and checkpoint.exists():  # a damaged one: none of its files may end up in the manifest
+            shutil.rmtree(checkpoint)
+        wait_for_all()
+        try:
+            with named_save_errors(checkpoint, (OSError, RuntimeError, SafetensorError)):
+                super()._save_checkpoint(model, trial)
+                wait_for_all()  # until each has written its state
+                if is_main():
+                    write_manifest(checkpoint)
+        except UserError:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        if is_main():
+            drop_checkpoints(folder, keep=(step, self.state.best_global_step))
         if self.stop_asked():
-            log(f"stopped after step {self.state.global_step} and saved; the same command with --resume goes on")
+            log(f"stopped after step {step} and saved; the same command with --resume goes on")
             stop(self.stop_signal)
 
     def stop_asked(self) -> bool:
@@ -348,6 +369,20 @@ def fused_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def sum_over_processes(numbers: tuple) -> list:
     """The sums of each process's numbers, position by position."""
     return [sum(values) for values in zip(*gathered(numbers), strict=True)]
+
+
+@contextlib.contextmanager
+def named_save_errors(path: Path, errors=OSError):
+    """What keeps a file from being written as a UserError. torch and safetensors have errors of their own for it."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads our output any more: no file's fault
+        raise
+    except errors as error:
+        raise UserError(
+            f"{path}: cannot be saved: {first_line(error)}; "
+            "make room there, then the same command with --resume goes on from the last checkpoint"
+        ) from error
 
 
 def train(trainer, checkpoint):

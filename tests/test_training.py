@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import checkpoints
 import model as model_module
 import runs
 import train
@@ -494,6 +497,128 @@ def test_a_run_killed_after_its_last_checkpoint_only_finishes(dataset, tmp_path,
     assert train.main(flags(dataset, tmp_path / "run", *more, "--resume")) == 0
     assert same_weights(tmp_path / "run", tmp_path / "whole")
     assert list(history(tmp_path / "run", "eval_loss")) == [0, 4, 6]
+
+
+# ------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------
+
+FILES = {"model.safetensors": b"weights", "optimizer.pt": b"moments", "scheduler.pt": b"rate", "rng_state.pth": b"rng"}
+
+
+def checkpoint(folder, step, best=None):
+    """A whole checkpoint, as far as its files and its manifest go."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    for name, content in FILES.items():
+        (path / name).write_bytes(content)
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "best_global_step": best}))
+    checkpoints.write_manifest(path)
+    return path
+
+
+def link_elsewhere(path):
+    (path / "optimizer.pt").rename(path.parent / "elsewhere.pt")
+    (path / "optimizer.pt").symlink_to(path.parent / "elsewhere.pt")
+
+
+DAMAGES = {
+    "no optimizer": (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "no scheduler": (lambda path: (path / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "no random state": (lambda path: (path / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "cut": (lambda path: (path / "optimizer.pt").write_bytes(b"mom"), "optimizer.pt has changed"),
+    "empty": (lambda path: (path / "trainer_state.json").write_bytes(b""), "trainer_state.json has changed"),
+    "as long": (lambda path: (path / "optimizer.pt").write_bytes(b"MOMENTS"), "optimizer.pt has changed"),
+    "added": (lambda path: (path / "pytorch_model.bin").write_bytes(b"trap"), "pytorch_model.bin is not in its"),
+    "added folder": (lambda path: (path / "global_step8").mkdir(), "global_step8 is not in its"),
+    "link": (link_elsewhere, "optimizer.pt is not a plain file"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), "it has no manifest.json"),
+    "manifest cut": (lambda path: (path / "manifest.json").write_text('{"mo'), "manifest.json: not JSON"),
+    "manifest a list": (
+        lambda path: (path / "manifest.json").write_text("[]"),
+        "manifest.json: must hold a JSON object",
+    ),
+    "manifest empty": (lambda path: (path / "manifest.json").write_text("{}"), "is not in its manifest.json"),
+    "best damaged": (
+        lambda path: (path.parent / "checkpoint-6/optimizer.pt").unlink(),
+        "the best one so far, checkpoint-6",
+    ),
+    "best gone": (
+        lambda path: shutil.rmtree(path.parent / "checkpoint-6"),
+        "checkpoint-6, cannot be used: it is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_its_reason(damage, tmp_path, capsys):
+    older, newest = checkpoint(tmp_path, 4), [checkpoint(tmp_path, 6), checkpoint(tmp_path, 8, best=6)][-1]
+    assert checkpoints.last_checkpoint(tmp_path) == newest
+    spoil, told = DAMAGES[damage]
+    spoil(newest)
+    found = checkpoints.last_checkpoint(tmp_path)
+    printed = capsys.readouterr().out
+    assert f"{newest}: passed over: " in printed and told in printed
+    assert found == (older if damage.startswith("best") else tmp_path / "checkpoint-6")
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path, capsys):
+    (tmp_path / "checkpoint-9").write_text("a file")
+    (tmp_path / "checkpoint-10").symlink_to(tmp_path)
+    (tmp_path / "checkpoint-4-backup").mkdir()
+    (tmp_path / "checkpoint-99").mkdir()
+    assert checkpoints.last_checkpoint(tmp_path) is None
+    assert capsys.readouterr().out.count("passed over") == 1
+    checkpoints.drop_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4-backup", "checkpoint-9"]
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_with_the_same_weights(
+    trained, dataset, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    interrupt_at(6, train, flags(dataset, folder), monkeypatch)
+    (folder / "checkpoint-6/optimizer.pt").unlink()
+    (folder / "checkpoint-8").mkdir()  # a wreck where a checkpoint will be saved, with a trap in it
+    (folder / "checkpoint-8/pytorch_model.bin").write_text("trap")
+    record = read_json(folder / runs.RECORD)
+    del record["result"]
+    (folder / runs.RECORD).write_text(json.dumps(record))
+    saved = []
+    monkeypatch.setattr(train, "drop_checkpoints", lambda folder: saved.extend(checkpoints.checkpoints(folder)))
+    assert train.main(flags(dataset, folder, "--resume")) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint-8: passed over" in printed and "checkpoint-6: passed over: optimizer.pt is missing" in printed
+    assert "going on after step 4" in printed
+    assert same_weights(folder, trained)
+    assert saved and not any(checkpoints.find_fault(path) for path in saved)
+    assert not (folder / "checkpoint-8/pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("step", [8, 9])
+def test_a_disk_that_is_full_while_saving_keeps_the_last_good_checkpoint(step, dataset, tmp_path, monkeypatch, capfd):
+    """From some moment on no file may be larger than 1 MB: in the second checkpoint, or when all steps are done."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    begin = ScoredTrainer._save_checkpoint if step == 8 else train.finish
+
+    def with_little_room(*args, **kwargs):
+        if step == 9 or args[0].state.global_step == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+        return begin(*args, **kwargs)
+
+    monkeypatch.setattr(*((ScoredTrainer, "_save_checkpoint") if step == 8 else (train, "finish")), with_little_room)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            train.main(flags(dataset, tmp_path / "run", "--eval-questions", 0, "--epochs", 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capfd.readouterr().err
+    assert stopped.value.code == 2
+    line = error[error.index("train.py: error:") :]
+    assert "cannot be saved: " in line and "make room there" in line and line.count("\n") == 1
+    kept = checkpoints.last_checkpoint(tmp_path / "run")
+    assert kept and kept.name == ("checkpoint-4" if step == 8 else "checkpoint-8")
 
 
 # ------------------------------------------------------------------------------------------
