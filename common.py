@@ -1,11 +1,23 @@
-"""What the scripts share: errors and flags, prompts, the settings of decoding, file formats.
+"""What the scripts share: errors, flags, modes and their prompts, JSON and atomic files.
 
-Each fact lives here once. One prompt builder serves inference and training; how an answer is read and
-scored is `reading.py`'s subject. torch and transformers are imported inside the functions that use them,
-so that `--help` and `benchmark.py` start at once.
+Where the other subjects are:
+
+    data.py         questions from folders, files and the hub
+    model.py        a model's files: find, load, merge; device, dtype, memory
+    generation.py   requests, choosing tokens, the rolling batch
+    runs.py         a run's files and record: locking, --overwrite, --resume
+    server.py       the client of a completions server
+    reading.py      how an answer is read and graded
+    scores.py       files of answers: intervals, votes, comparison, published figures
+    report.py       tables, notes, pictures, the page
+    reproduce.py    the experiments and what they cost, one command for all
+    trainer.py      the trainer: loss, order of the examples, evaluation, signals
+
+This module imports neither torch nor transformers, so that `--help` and `benchmark.py` start at once.
 """
 
 import argparse
+import codecs
 import contextlib
 import datetime
 import functools
@@ -23,7 +35,8 @@ import threading
 import time
 import traceback
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -262,100 +275,205 @@ def is_text(text):
     return True
 
 
-MODES = ("zero_shot", "cot", "few_shot", "thinking", "chatml_think_prefill")
-FEW_SHOT_STYLES = ("prompt", "turns")
+@dataclass(frozen=True)
+class Mode:
+    """What a prompting mode is: how it asks, and the defaults of its flags."""
+
+    instruction: str
+    max_new_tokens: int = 512
+    thinks: bool = False  # the answer begins with a thought
+    raw: bool = False  # ChatML built here, in place of the model's chat template
+    few_shot: bool = False  # shows worked examples
+    sampled: bool = False  # samples by default, else decodes greedily
+    # Sampling as Qwen3's model card, "Best Practices", advises it: these are for prompts without thinking.
+    temperature: float = 0.7
+    top_p: float = 0.8
+    top_k: int = 20
 
 
 # The instruction of each mode is the system message and the question alone is the user message,
 # so that all prompts of a run begin alike and generation can compute that beginning once.
 ANSWER_LINE = "End with one last line, the final number alone, without units or symbols:\n#### <answer>"
-ZERO_SHOT_INSTRUCTION = "Answer the math problem with this one line and nothing else:\n#### <answer>"
 COT_INSTRUCTION = "Solve the math problem step by step. " + ANSWER_LINE
-FEW_SHOT_INSTRUCTION = COT_INSTRUCTION
-THINKING_INSTRUCTION = "Solve the math problem. " + ANSWER_LINE
-INSTRUCTIONS = {
-    "zero_shot": ZERO_SHOT_INSTRUCTION,
-    "cot": COT_INSTRUCTION,
-    "few_shot": FEW_SHOT_INSTRUCTION,
-    "thinking": THINKING_INSTRUCTION,
-    "chatml_think_prefill": THINKING_INSTRUCTION,
+THINKING = Mode("Solve the math problem. " + ANSWER_LINE, max_new_tokens=4096, thinks=True, temperature=0.6, top_p=0.95)
+MODES = {
+    "zero_shot": Mode("Answer the math problem with this one line and nothing else:\n#### <answer>"),
+    "cot": Mode(COT_INSTRUCTION),
+    "few_shot": Mode(COT_INSTRUCTION, few_shot=True),
+    "thinking": replace(THINKING, sampled=True),
+    "chatml_think_prefill": replace(THINKING, raw=True),
 }
+FEW_SHOT_STYLES = ("prompt", "turns", "completion")
+COMPLETION_STOP = ("Question:",)  # where a base model has answered and goes on with a question of its own
 CHATML_TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
 CHATML_THINK_PREFILL = "<|im_start|>assistant\n<think>\n"
 CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
-def strip_annotations(answer):
+def strip_annotations(answer: str) -> str:
     """Drop GSM8K's `<<48/2=24>>` calculator annotations, which are markup and not English."""
     return CALCULATOR_ANNOTATION.sub("", answer)
 
 
-def chatml_think_prefill(question, system_prompt=None):
+def build_prompt(
+    mode: str,
+    question: str,
+    tokenizer,
+    examples: Sequence[tuple[str, str]] = (),
+    few_shot_style: str = "prompt",
+    system_prompt: str | None = None,
+    now: datetime.datetime | None = None,
+) -> str:
+    """The prompt of one question as text, special tokens included: encode it with add_special_tokens=False.
+
+    examples: worked (question, answer) pairs for few_shot. few_shot_style: one of FEW_SHOT_STYLES; `completion`
+    is plain text for base models and serves zero_shot and cot too. system_prompt: replaces the mode's instruction,
+    "" leaves it out. now: the time that a chat template with today's date prints; default the present.
+
+    Qwen3 thinks unless told not to, so every mode but `thinking` passes `enable_thinking=False`
+    (Qwen3 model card, "Switching Between Thinking and Non-Thinking Mode"). Raises UserError where the tokenizer
+    cannot render the mode, and where the template leaves out a part of what is asked.
+    """
+    if MODES[mode].raw:
+        if not has_token(tokenizer, "<|im_start|>"):
+            raise UserError(
+                f"--mode {mode}: the tokenizer of {tokenizer.name_or_path} has no <|im_start|>, so it would read ChatML "
+                "as plain characters; pass --mode cot, or --few-shot-style completion for a base model"
+            )
+        return chatml_think_prefill(question, system_prompt)
+    if few_shot_style == "completion":
+        return completion_prompt(mode, question, tokenizer.bos_token or "", examples, system_prompt)
+    messages = build_messages(mode, question, examples, few_shot_style, system_prompt)
+    if messages[0]["role"] == "system" and not has_system_turn(tokenizer):
+        instruction, first, *others = messages
+        messages = [first | {"content": f"{instruction['content']}\n\n{first['content']}"}, *others]
+    prompt = render_chat(tokenizer, messages, MODES[mode].thinks, now)
+    for message in messages:
+        if message["content"].strip() not in prompt:
+            raise UserError(
+                f"{tokenizer.name_or_path}: the chat template leaves out or changes the text of the {message['role']} "
+                f"message ({message['content'][:40]!a}...); repair the template, or pass another --mode"
+            )
+    return prompt
+
+
+def chatml_think_prefill(question: str, system_prompt: str | None = None) -> str:
     """Raw ChatML that ends inside an open thought: what training conditions on, byte for byte.
 
     Qwen3's own template would add an empty think block or none, so the string is built by hand.
-    An empty `system_prompt` leaves the system turn out; None stands for THINKING_INSTRUCTION.
+    An empty `system_prompt` leaves the system turn out; None stands for the mode's instruction.
     """
-    system = THINKING_INSTRUCTION if system_prompt is None else system_prompt
+    system = MODES["chatml_think_prefill"].instruction if system_prompt is None else system_prompt
     turns = [("system", system)] if system else []
     turns.append(("user", question))
     return "".join(CHATML_TURN.format(role=role, content=text) for role, text in turns) + CHATML_THINK_PREFILL
 
 
-def build_messages(mode, question, examples=(), few_shot_style="prompt", system_prompt=None):
-    """The chat messages of one question; `examples` are (question, answer) pairs for few_shot.
+def completion_prompt(mode, question, bos, examples, system_prompt):
+    """Plain text that a base model goes on with. Worked examples show the form, so no instruction goes before them."""
+    default = "" if examples else MODES[mode].instruction
+    instruction = default if system_prompt is None else system_prompt
+    return bos + (f"{instruction}\n\n" if instruction else "") + questions_and_answers(question, examples)
 
-    The answers of worked examples lose their `<<...>>`: the model has no calculator to call.
-    """
-    system = INSTRUCTIONS[mode] if system_prompt is None else system_prompt
+
+def questions_and_answers(question, examples):
+    """Worked examples and the question in one text that ends where the answer begins."""
+    worked = "".join(f"Question: {asked}\nAnswer: {worked_answer(answer)}\n\n" for asked, answer in examples)
+    return f"{worked}Question: {question}\nAnswer:"
+
+
+def worked_answer(answer):
+    """An answer as examples show it: in the asked form, and without `<<...>>`, for the model has no calculator."""
+    return strip_annotations(answer) if "####" in answer else f"#### {answer}"
+
+
+def build_messages(
+    mode: str,
+    question: str,
+    examples: Sequence[tuple[str, str]] = (),
+    few_shot_style: str = "prompt",
+    system_prompt: str | None = None,
+) -> list[dict[str, str]]:
+    """The chat messages of one question; `examples` are (question, answer) pairs for few_shot."""
+    system = MODES[mode].instruction if system_prompt is None else system_prompt
     messages = [{"role": "system", "content": system}] if system else []
-    examples = [(asked, strip_annotations(answer)) for asked, answer in examples]
-    if mode == "few_shot" and few_shot_style == "turns":
+    if MODES[mode].few_shot and few_shot_style == "turns":
         for asked, answer in examples:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    elif mode == "few_shot":
-        worked = "".join(f"Question: {asked}\nAnswer: {answer}\n\n" for asked, answer in examples)
-        question = f"{worked}Question: {question}\nAnswer:"
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": worked_answer(answer)})
+    elif MODES[mode].few_shot:
+        question = questions_and_answers(question, examples)
     return messages + [{"role": "user", "content": question}]
 
 
-def build_prompt(mode, question, tokenizer, examples=(), few_shot_style="prompt", system_prompt=None):
-    """The prompt string of one question, chat template applied.
-
-    Qwen3 thinks unless told not to, so every mode but `thinking` passes `enable_thinking=False`
-    (Qwen3 model card, "Switching Between Thinking and Non-Thinking Mode").
-    """
-    if mode == "chatml_think_prefill":
-        return chatml_think_prefill(question, system_prompt)
-    messages = build_messages(mode, question, examples, few_shot_style, system_prompt)
-    return render_chat(tokenizer, messages, enable_thinking=mode == "thinking")
-
-
-def render_chat(tokenizer, messages, enable_thinking):
+def render_chat(tokenizer, messages, enable_thinking, now=None):
     """Apply the tokenizer's chat template; raises UserError where it has none or refuses."""
     if not tokenizer.chat_template:
         raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; "
-            "pass an instruction-tuned model or --mode chatml_think_prefill"
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; pass an instruction-tuned model, or for a "
+            "base model --mode few_shot --few-shot-style completion"
         )
+    template = choose_template(tokenizer)
+    if now:
+        template = STRFTIME_NOW.sub(lambda call: json.dumps(now.strftime(call[2])), template)
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
         )
     except Exception as error:  # jinja2 errors, and whatever a template's raise_exception says
+        raise UserError(f"{tokenizer.name_or_path}: the chat template failed: {error}") from error
+
+
+STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def choose_template(tokenizer):
+    """The text of the chat template; of several the default one."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
         raise UserError(
-            f"{tokenizer.name_or_path}: the chat template failed: {error}; where it refuses a "
-            "system message, pass --system-prompt ''"
-        ) from error
+            f"{tokenizer.name_or_path}: the tokenizer has {len(templates)} chat templates ({', '.join(sorted(templates))}) "
+            "and none is the default; save the one to use as chat_template.jinja in the model's folder"
+        )
+    return tokenizer.get_chat_template()
 
 
-def has_thinking_switch(tokenizer):
+def has_system_turn(tokenizer) -> bool:
+    """Whether the chat template shows a system message; some drop it, some refuse it."""
+    instruction, question = "Answer in one word.", {"role": "user", "content": "?"}
+    try:
+        return instruction in render_chat(tokenizer, [{"role": "system", "content": instruction}, question], False)
+    except UserError:
+        render_chat(tokenizer, [question], False)  # raises where something else is wrong with the template
+        return False
+
+
+def has_thinking_switch(tokenizer) -> bool:
     """Whether `enable_thinking` changes what the chat template renders."""
     messages = [{"role": "user", "content": "?"}]
     return render_chat(tokenizer, messages, True) != render_chat(tokenizer, messages, False)
 
 
-def thinking_is_open(prompt):
+def has_date(tokenizer) -> bool:
+    """Whether the chat template prints today's date or the time."""
+    return "strftime_now" in choose_template(tokenizer)
+
+
+def has_token(tokenizer, text: str) -> bool:
+    """Whether a text is one token of the vocabulary."""
+    return tokenizer.convert_tokens_to_ids(text) not in (None, tokenizer.unk_token_id)
+
+
+def uses_template(mode: str, few_shot_style: str) -> bool:
+    """Whether the prompts of a mode are rendered by the model's chat template."""
+    return not MODES[mode].raw and few_shot_style != "completion"
+
+
+def thinking_is_open(prompt: str) -> bool:
     """Whether the prompt ends inside a thought, so that the completion begins in one."""
     return prompt.rstrip().endswith("<think>")
 
@@ -398,7 +516,9 @@ def first_line(error):
     return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
-def read_jsonl(path, required=(), bad=None):
+def read_jsonl(
+    path: Path | str, required: Sequence[str] = (), bad: list[int] | None = None
+) -> Iterator[tuple[int, dict]]:
     """Yield (line number, object) for every line that is not blank; a name that ends in .gz is decompressed.
 
     A line that is not UTF-8, not JSON, not an object or lacks a required key is a UserError that
@@ -407,31 +527,39 @@ def read_jsonl(path, required=(), bad=None):
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if number == 1:
+                    refuse_utf16(path, line)
                 if not line.strip():
                     continue
                 try:
-                    row = parse_json_line(path, number, line, required)
+                    record = parse_json_line(path, number, line, required)
                 except UserError:
                     if bad is None:
                         raise
                     bad.append(number)
                     continue
-                yield number, row
+                yield number, record
     except (OSError, EOFError, zlib.error) as error:  # the latter two: a damaged .gz
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from error
 
 
+def refuse_utf16(path: Path | str, content: bytes) -> None:
+    """UserError where a file begins as UTF-16 does, which Windows tools write."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\0", b"\0{", b"[\0", b"\0[")):
+        raise UserError(f"{path}: is UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE)")
+
+
 def parse_json_line(path, number, line, required=()):
     try:
-        row = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON and bad UTF-8 alike
         raise UserError(f"{path}:{number}: not a line of JSON: {first_line(error)}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: a line must be a JSON object, this is {type(row).__name__}")
+    if not isinstance(record, dict):
+        raise UserError(f"{path}:{number}: a line must be a JSON object, this is {type(record).__name__}")
     for key in required:
-        if key not in row:
-            raise UserError(f"{path}:{number}: lacks the key {key!r}; it has {', '.join(map(repr, row)) or 'none'}")
-    return row
+        if key not in record:
+            raise UserError(f"{path}:{number}: lacks the key {key!r}; it has {', '.join(map(repr, record)) or 'none'}")
+    return record
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 import common
 import data
 import generation
-import inference
 from model import choose_device, find_model, load_model, load_tokenizer
 
 PLAIN_BATCH = 32
@@ -148,7 +147,7 @@ def build_requests(args, mode, model, tokenizer):
         limits = [max(1, len(tokens)) for tokens in tokenizer(outputs, add_special_tokens=False)["input_ids"]]
     else:
         positions = model.config.max_position_embeddings
-        limits = [min(inference.MAX_NEW_TOKENS[mode], positions - len(prompt)) for prompt in ids]
+        limits = [min(common.MODES[mode].max_new_tokens, positions - len(prompt)) for prompt in ids]
     return [generation.Request(i, 0, *pair) for i, pair in enumerate(zip(ids, limits, strict=True))]
 
 

@@ -37,8 +37,6 @@ from transformers import (
 )
 
 from common import (
-    FEW_SHOT_STYLES,
-    INSTRUCTIONS,
     MODES,
     build_prompt,
     strip_annotations,
@@ -187,7 +185,7 @@ def draw_row(problems, shots, tokenizer, rng):
         return [(problem.question + "\n", False), (problem.question + "\n", True)]
     if mode != "few_shot":
         return [(build_prompt(mode, problem.question, tokenizer), False), (completion(mode, problem), True)]
-    count, style = rng.randint(1, 4), rng.choice(FEW_SHOT_STYLES)
+    count, style = rng.randint(1, 4), rng.choice(("prompt", "turns"))
     # Half of the rows show the examples that inference shows, the first ones of the train split.
     examples = shots[:count] if rng.random() < 0.5 else list(itertools.islice(problems, count))
     pairs = [(example.question, example.answer) for example in examples]
@@ -248,7 +246,7 @@ def make_tokenizer(problems):
     )
     texts = []
     for problem in problems:
-        texts += [*INSTRUCTIONS.values(), "system", "user", "assistant", "Question: Answer:"]
+        texts += [*(mode.instruction for mode in MODES.values()), "system", "user", "assistant", "Question: Answer:"]
         texts += [problem.question, completion("cot", problem), completion("thinking", problem)]
     # The added tokens are cut out of the text, as they are once they exist.
     marks = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS + THINK_TOKENS))
@@ -386,7 +384,7 @@ def save_model(model, tokenizer, folder):
 
 MOST_TOKENS = 512
 ROWS = [(mode, "prompt") for mode in MODES]
-ROWS.insert(MODES.index("few_shot") + 1, ("few_shot", "turns"))
+ROWS.insert(list(MODES).index("few_shot") + 1, ("few_shot", "turns"))
 
 
 @dataclass(frozen=True)

@@ -245,8 +245,6 @@ DATA = {
     "answer a list": (lambda: infer(dataset=dataset([QUESTION | {"answer": []}])), "test.jsonl:1", "'answer'"),
     "half a surrogate pair": (
         lambda: infer(dataset=dataset([QUESTION | {"question": "\ud800"}])), "test.jsonl:1", "'question'"),
-    "longer than the model": (
-        lambda: infer(dataset=dataset([QUESTION | {"question": "eggs " * 5000}])), "question 0", "2048 positions"),
     "completions missing": (lambda: score("none.jsonl"), "none.jsonl", "cannot be read"),
     "completions in a folder": (lambda: (os.mkdir("d"), score("d"))[1], "d:", "not a plain file"),
     "completions empty": (lambda: score(write("x.jsonl", "")), "x.jsonl", "no line"),
@@ -318,6 +316,6 @@ def test_any_bytes_give_questions_of_text_or_an_error_that_names_file_and_line(t
     try:
         questions = load_question_file(path)
     except common.UserError as error:
-        assert re.match(rf"{re.escape(str(path))}:(\d+: | holds no questions)", str(error))
+        assert re.match(rf"{re.escape(str(path))}:(\d+: | holds no questions| is UTF-16 text)", str(error))
     else:
         assert all((item.question + item.answer).encode() is not None for item in questions)

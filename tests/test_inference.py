@@ -212,7 +212,7 @@ def test_where_positions_are_few_the_thought_gives_way_to_the_answer(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--mode", "cot", "--think-budget", 5), "--think-budget: goes with --mode thinking or chatml_think_prefill"),
+        (("--mode", "cot", "--think-budget", 5), "--think-budget: needs --mode thinking or chatml_think_prefill"),
         (("--mode", "thinking", "--think-budget", 100, "--max-new-tokens", 110), "no room to answer"),
         (("--mode", "thinking", "--think-budget", 0), "must be 1 or more"),
     ],

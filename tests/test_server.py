@@ -152,12 +152,15 @@ def test_no_server_there_is_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--server", "localhost:8000"], "wants an address such as http://localhost:8000"),
+        (["--server", "localhost:8000"], "must be an address such as http://localhost:8000"),
         (["--server", "http://me:key@localhost"], "holds a key"),
-        (["--server", "http://localhost", "--dtype", "bf16"], "--dtype: goes with a model that is loaded here"),
-        (["--server", "http://localhost", "--mode", "thinking", "--think-budget", "9"], "--think-budget: goes with"),
-        (["--concurrency", "4"], "--concurrency: goes with --server"),
-        (["--tokenizer", "demo/model"], "--tokenizer: goes with --server"),
+        (["--server", "http://localhost", "--dtype", "bf16"], "--dtype: cannot be combined with --server"),
+        (
+            ["--server", "http://localhost", "--mode", "thinking", "--think-budget", "9"],
+            "--think-budget: cannot be combined with --server",
+        ),
+        (["--concurrency", "4"], "--concurrency: needs --server"),
+        (["--tokenizer", "demo/model"], "--tokenizer: needs --server"),
     ],
 )
 def test_flags_that_a_server_cannot_keep_are_refused(flags, told, tmp_path, capsys):
