@@ -177,8 +177,11 @@ def load_hub_questions(dataset: str, split: str, config: str | None, columns: Co
         records = datasets.load_dataset(dataset, config, split=split)
     except Exception as error:  # hub, network and data set errors share no base class
         told = " ".join(str(error).split("\n")[:2]) or type(error).__name__
-        way_out = "pass one with --dataset-config" if "config" in told else "without the hub pass a folder or a file"
-        raise UserError(f"--dataset {dataset} ({split}): {told}; {way_out}") from error
+        if "config" in told.lower():
+            raise UserError(f"--dataset {dataset}: {told}: pass one with --dataset-config") from error
+        if Path(dataset).is_dir():
+            raise UserError(f"{dataset}/{split}.jsonl: no such file, nor another of this split: {told}") from error
+        raise UserError(f"--dataset {dataset} ({split}): {told}; without the hub pass a folder or a file") from error
     wanted = {*columns.question, columns.answer, *columns.keep}
     if wanted <= {*records.column_names}:  # the others may hold pictures, which would be decoded
         records = records.select_columns([*wanted])
