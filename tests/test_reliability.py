@@ -218,7 +218,7 @@ def out_of_memory_injected(monkeypatch, folder):
         raise torch.OutOfMemoryError("injected by the test")
 
     with forward_from_the_fortieth(monkeypatch, fail):
-        yield "out of memory, and one row at a time is the least: injected by the test"
+        yield "out of memory, though one sequence at a time is the least: injected by the test"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,108 @@
+"""The next token of each sequence: the highest logit, or a draw that depends on nothing but its name."""
+
+import functools
+import math
+
+import torch
+
+from common import Decoding, UserError
+
+SAMPLED_LOGITS = 2**26  # at once: ranking and noise take some 50 bytes for each
+
+
+def choose_tokens(logits: torch.Tensor, sequences: list, decoding: Decoding) -> list[int]:
+    """The next token of each generation.Sequence from logits (batch, vocabulary); the lowest id among equals.
+
+    Raises UserError where a logit is NaN. Draws need fp64: without it on the device they are made on the CPU.
+    """
+    with torch.inference_mode():
+        highest = logits.max(dim=-1)  # NaN where a row holds one
+        if highest.values.isnan().any():
+            sequence = sequences[highest.values.isnan().int().argmax()]
+            raise UserError(
+                f"question {sequence.request.id}: the model's logits are not numbers (NaN) after {len(sequence.tokens)} "
+                "tokens; its weights are damaged or overflow: try --dtype fp32"
+            )
+        if not decoding.do_sample:
+            return highest.indices.tolist()
+        if not has_fp64(logits.device):
+            logits = logits.cpu()
+        names = [(one.request.id, one.request.sample, len(one.tokens)) for one in sequences]
+        counters = torch.tensor([*zip(*names, strict=True)], device=logits.device).T
+        some = max(1, SAMPLED_LOGITS // logits.shape[1])
+        pieces = zip(logits.split(some), counters.split(some), strict=True)
+        return torch.cat([sample_tokens(*piece, decoding) for piece in pieces]).tolist()
+
+
+@functools.cache
+def has_fp64(device: torch.device) -> bool:
+    """Whether the device computes in fp64, which sampling needs. Apple's GPUs and some of Intel's do not."""
+    try:
+        return bool(torch.ones(1, dtype=torch.float64, device=device).add(1).dtype == torch.float64)
+    except (RuntimeError, TypeError):
+        return False
+
+
+def sample_tokens(logits: torch.Tensor, counters: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    """Draw one token for each row, (batch,), from logits (batch, vocabulary) and counters (batch, 3).
+
+    Temperature, top-k and top-p as transformers applies them, in this order. Of equal logits the
+    lower token id ranks first (bf16 logits tie often). Among the kept tokens the largest sum of
+    log-probability and Gumbel noise wins, which draws from their softmax (Gumbel-max). The noise
+    is a hash of (seed, question id, sample, step, token id), so that a draw depends on nothing else.
+    """
+    scores = logits.float() + 0.0  # -0.0 becomes 0.0, so that equal numbers have equal bits
+    size = scores.shape[-1]
+    if decoding.top_k or decoding.top_p < 1:
+        tokens = highest_tokens(scores, min(decoding.top_k or size, size))
+    else:  # all are kept, in whatever order
+        tokens = torch.arange(size, device=logits.device).expand(len(logits), -1)
+    scaled = scores.gather(-1, tokens).double() / decoding.temperature
+    if decoding.top_p < 1:
+        probabilities = scaled.softmax(dim=-1)
+        dropped = probabilities.cumsum(dim=-1) - probabilities >= decoding.top_p
+        most = tokens.shape[-1] - int(dropped.sum(dim=-1).min())
+        tokens, scaled = tokens[:, :most], scaled.masked_fill(dropped, -math.inf)[:, :most]
+    seed = torch.tensor(decoding.seed, device=logits.device)
+    random_bits = counter_hash(seed, *counters[:, :, None].unbind(dim=1), tokens)
+    # 52 bits and a half: exact in fp64, never 0 and never 1.
+    uniform = (logical_shift(random_bits, 12).double() + 0.5) * 2.0**-52
+    best = (scaled - torch.log(-torch.log(uniform))).argmax(dim=-1, keepdim=True)
+    return tokens.gather(-1, best)[:, 0]
+
+
+def highest_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Of fp32 scores (batch, vocabulary) the ids of the `count` highest, (batch, count), highest first.
+
+    Of equal scores the lower id comes first.
+    """
+    size = scores.shape[-1]
+    if count < size:  # all that could be among them, with every token that equals the last
+        least = scores.topk(count).values[:, -1:]
+        scores, tokens = scores.topk(int((scores >= least).sum(dim=-1).max()))
+    else:
+        tokens = torch.arange(size, device=scores.device)
+    # Floats ordered as integers, the token id below them.
+    bits = scores.view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    return size - 1 - ((ordered | (size - 1 - tokens)).topk(count).values & 0xFFFFFFFF)
+
+
+def counter_hash(*counters: torch.Tensor) -> torch.Tensor:
+    """A 64-bit hash of integer tensors that broadcast: SplitMix64's finalizer, chained.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014. int64
+    wraps around, so that it serves as uint64.
+    """
+    state = 0
+    for counter in counters:
+        state = (counter ^ state) - 0x61C8864680B583EB  # the golden ratio's odd fraction, as int64
+        state = (state ^ logical_shift(state, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+        state = (state ^ logical_shift(state, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+        state = state ^ logical_shift(state, 31)
+    return state
+
+
+def logical_shift(number: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift right and fill with zeros, which int64's own shift does not."""
+    return (number >> bits) & ((1 << (64 - bits)) - 1)
