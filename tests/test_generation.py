@@ -22,13 +22,13 @@ from sampling import choose_tokens, counter_hash, sample_tokens
 VOCABULARY = 211  # below the demo tokenizer's end tokens, so that random models run to their limit
 SHAPE = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 324,
-    "intermediate_size": 401,
-    "num_hidden_layers": 3,
+    "hidden_size": 108,
+    "intermediate_size": 133,
+    "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 54,
-    "initializer_range": 0.08,  # at the default of 0.02 random models echo one token
+    "head_dim": 18,
+    "initializer_range": 0.14,  # at the default of 0.02 random models echo one token
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
@@ -93,8 +93,8 @@ ARCHITECTURES = {
     "Qwen3": {},
     "Llama": {"num_key_value_heads": 3},
     "Mistral": {"sliding_window": 13},
-    "Gemma2": {"sliding_window": 11, "query_pre_attn_scalar": 54, "tie_word_embeddings": False},
-    "GPT2": {"n_embd": 252, "n_layer": 4, "n_head": 3, "n_positions": 256, "tie_word_embeddings": False},
+    "Gemma2": {"sliding_window": 11, "query_pre_attn_scalar": 18, "tie_word_embeddings": False},
+    "GPT2": {"n_embd": 108, "n_layer": 2, "n_head": 3, "n_positions": 256, "tie_word_embeddings": False},
 }
 
 
@@ -472,11 +472,11 @@ def test_a_batch_too_large_for_memory_is_halved_before_it_starts(tokenizer):
 
 
 @pytest.mark.parametrize("at", [1, 2, 12])
-@pytest.mark.parametrize("kernel", ["new_zeros", "copy_", "index_put_", "_softmax", "max"])
+@pytest.mark.parametrize("kernel", ["new_zeros", "copy_", "index_put_", "softmax", "max"])
 def test_out_of_memory_injected_anywhere_loses_and_doubles_nothing(kernel, at, tokenizer):
     """New buffers, storing a step, sequences that move, attention, choosing; memory for 200 columns, so that some are preempted."""
     model, requests, expected = small_case()
-    limits = Limits(kv_cache_bytes=200 * COLUMN_BYTES * 2 // 3)
+    limits = Limits(kv_cache_bytes=200 * COLUMN_BYTES)
     with LittleMemory(kernel, at) as memory:
         assert tokens_of(model, tokenizer, requests, limits=limits, note=memory.begin) == expected
     assert memory.calls >= at
@@ -484,7 +484,7 @@ def test_out_of_memory_injected_anywhere_loses_and_doubles_nothing(kernel, at, t
 
 @functools.cache
 def small_case():
-    model, requests = random_model(num_hidden_layers=2), random_requests(12)
+    model, requests = random_model(), random_requests(12)
     requests = [dataclasses.replace(request, max_new_tokens=20 + request.id) for request in requests]
     return model, requests, one_at_a_time(model, requests)
 
@@ -512,7 +512,8 @@ def test_every_tensor_is_made_on_the_models_device(captured_slots, recorded, tok
 
 def test_it_answers_under_autocast(tokenizer):
     """As training in bf16 scores; there keys and values may be of two dtypes."""
-    model, requests = random_model().float(), random_requests(6)
+    wide = {"hidden_size": 324, "intermediate_size": 401, "head_dim": 54, "initializer_range": 0.08}
+    model, requests = random_model(num_hidden_layers=3, **wide).float(), random_requests(6)
     expected = tokens_of(model, tokenizer, requests)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = tokens_of(model, tokenizer, requests)
