@@ -4,34 +4,42 @@
     python benchmark.py FILES --compare --published     # runs as pairs; beside the published figures
     python benchmark.py FILES --plot runs.png --html runs.html --wrong 5
     python benchmark.py FILES --json                    # one object a file, for programs
+    python benchmark.py samples_gsm8k_*.jsonl --compare # files of EleutherAI's harness, as they are
+    python benchmark.py FILES --gold madrylab/gsm8k-platinum       # the same answers against other references
+    python benchmark.py FILES --cluster template --cluster-from demo/problems
     python benchmark.py TRAIN_RUNS --keep-correct right.jsonl      # the model's own right answers, to train on
 
-Reads any JSONL whose lines hold `id`, `question`, `model_output` and `ground_truth_answer`; the
-further keys that `inference.py` writes are used where they stand. Nothing is loaded but text:
+Reads any JSONL whose lines hold `question`, `model_output` and `ground_truth_answer`, or these under other names;
+the further keys that `inference.py` writes are used where they stand. Nothing is loaded but text:
 torch is not imported, and a file in the order that `inference.py` writes is read as a stream.
 
 The two readings are `score_published` and `score_final` in `reading.py`. The first is the rule
 behind the published figures; the second takes the answer as a careful reader would, and tells an
 answer that never came (unfinished, no answer) from one that is wrong.
 
-Accuracies carry 95 % intervals: Wilson's for one sample a question, and from question-clustered
-standard errors for several, where samples of one question are not independent.
+Accuracies carry 95 % intervals: Wilson's for one sample a question. Samples of one question are not independent, nor
+are questions made from one template: for several samples, and with --cluster, the interval is Student's t with
+cluster-robust standard errors, with one degree less than clusters.
 """
 
 import json
 import sys
 from pathlib import Path
 
-from common import PUBLISHED_KEYS, ArgumentParser, UserError, command_line, write_atomically
-from data import load_questions
-from report import plot, print_wrong, report, summary, write_page
-from scores import compare_runs, load_published, name_runs, pool_seeds, read_again, read_record, read_rows, score_run
+from answers import FORMAT, Format, read_rows, same_text
+from common import PUBLISHED_KEYS, ArgumentParser, UserError, command_line, read_jsonl, write_atomically
+from data import load_question_file, load_questions
+from pictures import plot
+from report import print_wrong, report, summary, write_page
+from scores import compare_runs, load_published, name_runs, pool_seeds, read_again, read_record, score_run
 
 
 @command_line
 def main(argv=None):
     options = parse(argv)
-    files = name_runs([score_run(path, options) for path in options.files])
+    format = file_format(options)
+    keep = options.compare or options.pool_seeds
+    files = name_runs([score_run(path, format, keep) for path in options.files])
     runs = pool_seeds(files) if options.pool_seeds else files
     published = load_published(runs) if options.published else {}
     comparisons = compare_runs(runs) if options.compare else []
@@ -40,13 +48,14 @@ def main(argv=None):
     else:
         report(runs, published, comparisons, options)
     for run in files if options.wrong else ():
-        print_wrong(run, options)
+        print_wrong(run, format, options.wrong)
     if options.plot:
-        plot(runs, published, options.plot)
+        plot(runs, published, comparisons, options.plot)
     if options.html:
-        write_page(files, published, comparisons, options)
+        write_page(files, published, comparisons, format, options.html)
+        print(f"{options.html}: open it in a browser", file=sys.stderr)
     if options.keep_correct:
-        keep_correct(files, options)
+        keep_correct(files, format, options.keep_correct, options.keep_most)
 
 
 def parse(argv):
@@ -84,6 +93,36 @@ def parse(argv):
         choices=("yes", "no"),
         help="whether completions may hold a thought, open from the start; default: as lines and texts say",
     )
+    parser.add_argument(
+        "--question-column", default=FORMAT.question, metavar="NAME", help="key of the question (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--answer-column",
+        default=FORMAT.answer,
+        metavar="NAME",
+        help="key of the reference answer: a number, or text that ends in `#### N` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output-column",
+        default=FORMAT.output,
+        metavar="NAME",
+        help="key of what the model wrote (default: %(default)s); files of EleutherAI's harness need none of the three",
+    )
+    parser.add_argument(
+        "--gold",
+        metavar="FILE|HUB_ID",
+        help="score against the answers of another data set, matched by the question's text; what has none is left out",
+    )
+    parser.add_argument(
+        "--cluster",
+        metavar="KEY",
+        help="key of what questions share, such as the template they were made from: intervals and tests count it once",
+    )
+    parser.add_argument(
+        "--cluster-from",
+        metavar="DATASET",
+        help="data set that holds the --cluster key, for files that lack it; matched by the question's text",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="count lines that cannot be read, and score the rest")
     options = parser.parse_args(argv)
     if options.wrong < 0:
@@ -92,6 +131,8 @@ def parse(argv):
         raise UserError("--wrong prints text, --json nothing but JSON: pass one of them")
     if options.compare and len(options.files) < 2:
         raise UserError("--compare: pass two files or more")
+    if options.cluster_from and not options.cluster:
+        raise UserError("--cluster-from: pass the key too, with --cluster KEY")
     if options.keep_most < 1:
         raise UserError(f"--keep-most {options.keep_most}: pass how many completions of a question to keep, 1 or more")
     outputs = ("--plot", options.plot, ".png"), ("--html", options.html, ".html")
@@ -103,37 +144,73 @@ def parse(argv):
     return options
 
 
-def keep_correct(runs, options):
+def file_format(options):
+    """How the files are read: the flags that say so, with what --gold and --cluster-from name."""
+    golds, clusters = None, {}
+    splits = {(read_record(path) or {"decides": {}})["decides"].get("split") or "test" for path in options.files}
+    if options.gold:
+        golds = {same_text(question.question): question.answer for question in load_golds(options.gold, splits)}
+    if options.cluster_from:
+        for path in local_files(options.cluster_from, splits):
+            for _, line in read_jsonl(path, ("question", options.cluster)):
+                clusters[same_text(line["question"])] = line[options.cluster]
+    return Format(
+        options.question_column,
+        options.answer_column,
+        options.output_column,
+        golds,
+        options.cluster,
+        clusters,
+        options.thinking,
+        options.skip_bad,
+    )
+
+
+def load_golds(dataset, splits):
+    """The questions of a file, or of a data set's splits that the files were made from."""
+    if Path(dataset).is_file():
+        return load_question_file(Path(dataset))
+    try:
+        return [question for split in sorted(splits) for question in load_questions(dataset, split)]
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset", "--gold")) from error
+
+
+def local_files(dataset, splits):
+    """The file that --cluster-from names, or those of a folder's splits."""
+    path = Path(dataset)
+    return [path] if path.is_file() else [path / f"{split}.jsonl" for split in sorted(splits)]
+
+
+def keep_correct(runs, format, path, most):
     """Write the distinct right completions of the runs, of each question the shortest, in the order of ids.
 
     Only what the model wrote to its end by itself: a completion that was cut would teach it not to stop,
     one whose thought was closed for it to write what closed it.
     """
     for run in runs:
-        refuse_test_split(run)
+        refuse_test_split(run, format)
     right = {}
     for run in runs:
         system_prompt = read_record(run.path)["decides"].get("system_prompt")
-        for row, _, status in read_again(run, options):
+        for row, _, status in read_again(run, format):
             if status == "right" and row.finish_reason != "length" and not row.forced:
                 key = str(type(row.id)), row.id, row.question
                 right.setdefault(key, {}).setdefault(row.text, (row, system_prompt))
     keys = (*PUBLISHED_KEYS, "mode", "sample", "thinking_open", "system_prompt")
     lines = []
     for _, completions in sorted(right.items()):
-        for _, (row, system_prompt) in sorted(completions.items(), key=lambda item: (len(item[0]), item[0]))[
-            : options.keep_most
-        ]:
+        for _, (row, system_prompt) in sorted(completions.items(), key=lambda item: (len(item[0]), item[0]))[:most]:
             values = row.id, row.question, row.text, row.answer, row.mode, row.sample, row.thinking_open, system_prompt
             lines.append(json.dumps(dict(zip(keys, values, strict=True))) + "\n")
     try:
-        write_atomically(options.keep_correct, "".join(lines))
+        write_atomically(path, "".join(lines))
     except OSError as error:
-        raise UserError(f"--keep-correct {options.keep_correct}: cannot be written: {error.strerror}") from error
-    print(f"{options.keep_correct}: {len(lines):,} right completions of {len(right):,} questions", file=sys.stderr)
+        raise UserError(f"--keep-correct {path}: cannot be written: {error.strerror}") from error
+    print(f"{path}: {len(lines):,} right completions of {len(right):,} questions", file=sys.stderr)
 
 
-def refuse_test_split(run):
+def refuse_test_split(run, format):
     """Refuse what is not certain to hold no test question: by the run record, and by the questions themselves."""
     record = read_record(run.path)
     if record is None or record["decides"].get("split") != "train":
@@ -142,7 +219,7 @@ def refuse_test_split(run):
         )
     dataset = str(record["segments"][-1].get("dataset"))
     test = {question.question.strip() for question in load_questions(dataset, "test")}
-    if any(row.question.strip() in test for row in read_rows(run.path, [])):
+    if any(row.question.strip() in test for row in read_rows(run.path, format, [])):
         raise UserError(f"--keep-correct: {run.path}: holds questions of the test split of {dataset}")
 
 

@@ -266,6 +266,25 @@ def printable(text):
     )
 
 
+def one_line(text):
+    """Text for a cell of a table: printable, and a line break is escaped, for it would begin another line."""
+    return printable(text).replace("\n", "\\n")
+
+
+MARKDOWN = re.compile(r"[\\`*\[\]<>&!|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+
+def plain_markdown(text):
+    """Text on one line of Markdown that shows as it is: no HTML, link, image, code or emphasis comes of it."""
+    return MARKDOWN.sub(r"\\\g<0>", one_line(text))
+
+
+def code_block(text):
+    """Text as a code block of Markdown, fenced by more backticks than the text holds in a row."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
+
+
 def is_text(text):
     """Whether a string can be written as UTF-8: half of a surrogate pair, legal in JSON, cannot."""
     try:

@@ -1,4 +1,4 @@
-"""Files of answers: reading, intervals, votes, comparison, published figures."""
+"""Scored files of answers: what was right, intervals, votes, comparison, published figures."""
 
 import json
 import re
@@ -9,81 +9,23 @@ from itertools import combinations
 from math import comb, sqrt
 from pathlib import Path
 from statistics import NormalDist
-from typing import NamedTuple
 from zlib import crc32
 
-from common import PUBLISHED_KEYS, UserError, is_run_record, read_json, read_jsonl
-from reading import grade, last_number, opens_thought, read_final, read_gold, score_published
+from answers import FORMAT, read_rows, same_text
+from common import UserError, is_run_record, read_json
+from reading import grade, last_number, opens_thought, read_final, score_published
 
 Z95 = NormalDist().inv_cdf(0.975)
 
 
-class Row(NamedTuple):
-    """One completion, checked. What the line does not say is None."""
-
-    id: int | str
-    question: str
-    text: str
-    answer: str
-    gold: object  # exact: int or Fraction
-    sample: int
-    mode: str | None
-    thinking_open: bool | None
-    finish_reason: str | None
-    output_tokens: int | None
-    forced: bool | None
-
-
-OPTIONAL_KEYS = {
-    "sample": int, "mode": str, "thinking_open": bool, "finish_reason": str, "output_tokens": int, "forced": bool,
-}  # fmt: skip
-
-
-def read_rows(path, bad=None):
-    """Yield a Row for every line. A bad line is a UserError; with a list `bad` its number goes there."""
-    for number, row in read_jsonl(path, PUBLISHED_KEYS, bad):
-        try:
-            yield check_row(row)
-        except UserError as error:
-            if bad is None:
-                raise UserError(f"{path}:{number}: {error}; mend the line or pass --skip-bad") from None
-            bad.append(number)
-
-
-def check_row(row):
-    for key in PUBLISHED_KEYS[1:]:
-        if not isinstance(row[key], str):
-            raise UserError(f"{key!r} must be text, this is {type(row[key]).__name__}")
-    if type(row["id"]) not in (int, str):
-        raise UserError(f"'id' must be a number or text, this is {type(row['id']).__name__}")
-    for key, kind in OPTIONAL_KEYS.items():
-        value = row.get(key)
-        if value is not None and (type(value) is not kind or (kind is int and not 0 <= value < 2**31)):
-            raise UserError(f"{key!r} must be {'a count' if kind is int else kind.__name__}, this is {value!r:.40}")
-    answer = row["ground_truth_answer"]
-    return Row(
-        row["id"],
-        row["question"],
-        row["model_output"],
-        answer,
-        read_gold(answer),
-        row.get("sample") or 0,
-        row.get("mode"),
-        row.get("thinking_open"),
-        row.get("finish_reason"),
-        row.get("output_tokens"),
-        row.get("forced"),
-    )
-
-
-def was_prefilled(path, skip_bad):
+def was_prefilled(path, format):
     """Whether the prompts of a file that does not say so ended inside a thought.
 
     So it is where no line holds `thinking_open` and no text opens a thought, yet at least half of the
     texts hold `</think>`. Reads on only until a line speaks.
     """
     closed = count = 0
-    for row in read_rows(path, [] if skip_bad else None):
+    for row in read_rows(path, format, [] if format.skip_bad else None):
         if row.thinking_open is not None or opens_thought(row.text):
             return False
         count += 1
@@ -103,14 +45,18 @@ ASKED_FORMAT = re.compile(r"#### ?-?[0-9][0-9,]*(\.[0-9]+)?\s*\Z")
 
 @dataclass
 class Rows:
-    """What votes and comparisons need of every line: under 30 bytes a line, in the file's order."""
+    """What votes, clusters and comparisons need of every line: under 60 bytes a line, in the file's order."""
 
     questions: array = field(default_factory=lambda: array("q"))  # hashes of id, question and answer
+    texts: array = field(default_factory=lambda: array("q"))  # hashes of the question alone, as other files hold it
+    golds: array = field(default_factory=lambda: array("q"))  # hashes of the reference numbers
+    clusters: array = field(default_factory=lambda: array("q"))  # hashes of the values of --cluster; else empty
     samples: array = field(default_factory=lambda: array("i"))
     right: bytearray = field(default_factory=bytearray)
     published: bytearray = field(default_factory=bytearray)
-    answers: array = field(default_factory=lambda: array("q"))  # places of the numbers in `numbers`; -1: none was read
-    numbers: dict = field(default_factory=dict)  # each number that was read, and its place
+    answers: array = field(
+        default_factory=lambda: array("q")
+    )  # hashes of the numbers; -1, no hash, where none was read
 
 
 @dataclass
@@ -124,6 +70,7 @@ class Run:
     skipped: int
     prefilled: bool
     rows: Rows | None
+    lengths: tuple = ()  # lines of each path
 
     @property
     def path(self):
@@ -163,12 +110,8 @@ def pool(first, second):
     if set(first.rows.questions) != set(second.rows.questions):
         raise UserError(f"--pool-seeds: {first.path} and {second.path} hold other questions; pool files of the same")
     rows, offset = Rows(), 1 + max(first.rows.samples)
-    for name in ("questions", "samples", "right", "published"):
+    for name in vars(rows):
         setattr(rows, name, getattr(first.rows, name) + getattr(second.rows, name))
-    rows.numbers = {number: place for place, number in enumerate({**first.rows.numbers, **second.rows.numbers})}
-    for old in (first.rows, second.rows):
-        places = [*(rows.numbers[number] for number in old.numbers), -1]  # a place of -1 finds the last, -1
-        rows.answers.extend(places[answer] for answer in old.answers)
     for line in range(len(first.rows.samples), len(rows.samples)):
         rows.samples[line] += offset
     return Run(
@@ -179,33 +122,43 @@ def pool(first, second):
         first.skipped + second.skipped,
         first.prefilled,
         rows,
+        first.lengths + second.lengths,
     )
 
 
-def score_run(path, options):
-    """Score a file: as a stream where it is in order with one sample a question, else with its rows kept."""
+def score_run(path, format=FORMAT, keep=False):
+    """Score a file: as a stream where it is in order with one sample a question, else with its rows kept.
+
+    `keep`: with its rows in any case, as comparing and pooling need them.
+    """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a plain file, and files are read more than once; write it to one first")
-    prefilled = not options.thinking and was_prefilled(path, options.skip_bad)
-    run = None if options.compare or options.pool_seeds else score_rows(path, options, prefilled, keep=False)
-    run = run or score_rows(path, options, prefilled, keep=True)
+    prefilled = not format.thinking and was_prefilled(path, format)
+    run = None if keep or format.cluster else score_rows(path, format, prefilled, keep=False)
+    run = run or score_rows(path, format, prefilled, keep=True)
+    if not run.n and run.counts["no_gold"]:
+        raise UserError(f"{path}: --gold holds none of its {run.counts['no_gold']:,} questions")
     if not run.n:
         raise UserError(f"{path}: holds no line to score")
     return run
 
 
-def score_rows(path, options, prefilled, keep):
+def score_rows(path, format, prefilled, keep):
     """The Run of a file; None where it needs `keep`, because an id does not exceed the one before."""
     counts, bad, rows, previous = Counter(), [], Rows(), None
-    for row in read_rows(path, bad if options.skip_bad else None):
+    for row in read_rows(path, format, bad if format.skip_bad else None):
+        if row.gold is None:
+            counts["no_gold"] += 1
+            continue
         if not keep:
             if type(row.id) is not int or (previous is not None and row.id <= previous):
                 return None
             previous = row.id
-        reading = read_final(row.text, thought(row, prefilled, options.thinking))
+        reading = read_final(row.text, thought(row, prefilled, format.thinking))
         status = grade(reading, row.gold)
         counts["lines"] += 1
         counts["bytes"] += len(row.text) if row.text.isascii() else len(row.text.encode("utf-8", "replace"))
+        counts["question_bytes"] += len(row.question) + len(row.answer)
         counts[status] += 1
         counts["ran_on"] += reading.ran_on
         published = score_published(row.text, row.answer)
@@ -228,15 +181,19 @@ def score_rows(path, options, prefilled, keep):
         elif status == "no_answer":
             counts["no_answer_right"] += last_number(row.text.rpartition("</think>")[2]) == row.gold
         if keep:
-            # The id as text: Python's hashes of -1 and -2 are the same.
+            # Numbers are hashed as text: Python's hashes of -1 and -2 are the same.
             rows.questions.append(hash((repr(row.id), row.question, row.answer)))
+            rows.texts.append(hash(same_text(row.question)))
+            rows.golds.append(hash(repr(row.gold)))
+            if format.cluster:
+                rows.clusters.append(hash(row.cluster))
             rows.samples.append(row.sample)
             rows.right.append(status == "right")
             rows.published.append(published)
-            number = reading.number
-            rows.answers.append(-1 if number is None else rows.numbers.setdefault(number, len(rows.numbers)))
+            rows.answers.append(-1 if reading.number is None else hash(str(reading.number)))
     questions = count_questions(path, rows) if keep else counts["lines"]
-    return Run((path,), bare(path).name, questions, counts, len(bad), prefilled, rows if keep else None)
+    kept = rows if keep else None
+    return Run((path,), bare(path).name, questions, counts, len(bad), prefilled, kept, (counts["lines"],))
 
 
 def bare(path):
@@ -263,10 +220,19 @@ def percent(part, whole):
 def accuracy_interval(run, reading):
     """The 95 % interval in percent of a run's accuracy by a reading, "right" or "published"."""
     share = percent(run.counts[reading], run.n)
-    low, high = (
-        clustered(run.rows.questions, getattr(run.rows, reading)) if run.several else wilson(run.counts[reading], run.n)
-    )
+    if run.rows and (run.several or run.rows.clusters):
+        right = bits(getattr(run.rows, reading))
+        low, high = (percent(bound, 1) for bound in clustered(right, run.rows.clusters or run.rows.questions))
+    else:
+        low, high = wilson(run.counts[reading], run.n)
     return min(low, share), max(high, share)  # where all are right rounding would leave the share outside
+
+
+def bits(flags):
+    """A bytearray of 0 and 1 as an array of numbers."""
+    import numpy
+
+    return numpy.frombuffer(flags, dtype=numpy.uint8)
 
 
 def wilson(right, n):
@@ -277,22 +243,67 @@ def wilson(right, n):
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def clustered(questions, right):
-    """The 95 % interval in percent of a mean over lines whose errors are clustered by question.
+def clustered(right, clusters):
+    """The 95 % interval of the share of 1 among `right`, whose errors are correlated inside a cluster.
 
-    The cluster-robust variance of a mean with its G / (G - 1) correction (Miller, "Adding Error
-    Bars to Evals", 2024, section 2.2). One question alone says nothing: 0 to 100.
+    Student's t with one degree less than clusters; one cluster says nothing: 0 to 1. Where all are 1, or none,
+    no spread can be seen: the interval is Wilson's, for as many answers as there are clusters.
+    """
+    share, error, count = clustered_mean(right, clusters)
+    if count < 2:
+        return 0.0, 1.0
+    if share in (0, 1):
+        low, high = wilson(share * count, count)
+        return low / 100, high / 100
+    half = t95(count - 1) * error
+    return max(0.0, share - half), min(1.0, share + half)
+
+
+def clustered_mean(values, clusters):
+    """The mean, its cluster-robust standard error, and the number of clusters.
+
+    With the G / (G - 1) correction (Miller, "Adding Error Bars to Evals", 2024, section 2.2). Where `clusters` is
+    None each value is its own, and it is the plain standard error of a mean.
     """
     import numpy
 
-    _, cluster = numpy.unique(numpy.asarray(questions), return_inverse=True)
-    right = numpy.frombuffer(right, dtype=numpy.uint8)
-    share, clusters = right.mean(), cluster.max() + 1
-    if clusters < 2:
-        return 0.0, 100.0
-    residuals = numpy.bincount(cluster, right - share)
-    half = Z95 * sqrt(clusters / (clusters - 1) * (residuals**2).sum()) / len(right)
-    return 100 * max(0.0, share - half), 100 * min(1.0, share + half)
+    mean = float(values.mean())
+    residuals = values - mean
+    if clusters is not None:
+        _, cluster = numpy.unique(numpy.asarray(clusters), return_inverse=True)
+        residuals = numpy.bincount(cluster, residuals)
+    count = len(residuals)
+    return mean, sqrt(count / max(1, count - 1) * (residuals**2).sum()) / len(values), count
+
+
+def t95(degrees):
+    """The 97.5 % point of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, 0.975))
+
+
+def seed_interval(shares):
+    """The 95 % interval of the mean of one figure a seed: Student's t over seeds. None for a single seed."""
+    from statistics import mean, stdev
+
+    if len(shares) < 2:
+        return None
+    half = t95(len(shares) - 1) * stdev(shares) / sqrt(len(shares))
+    return mean(shares) - half, mean(shares) + half
+
+
+def seed_shares(run, kept=None):
+    """The share of right lines of each seed that was pooled, in percent; of the lines `kept`, a mask, where given."""
+    import numpy
+
+    right = bits(run.rows.right)
+    kept = numpy.ones(len(right), bool) if kept is None else kept
+    ends = numpy.cumsum(run.lengths)
+    return [
+        percent(float(right[end - length : end][kept[end - length : end]].mean()), 1)
+        for end, length in zip(ends, run.lengths, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -301,7 +312,7 @@ class Votes:
 
     pass_at: list  # the unbiased estimate, from all samples
     majority_at: list  # the vote of the first k samples
-    majority_interval: tuple  # of the last vote: 95 %, bootstrap over questions
+    majority_interval: tuple  # of the last vote: 95 %, bootstrap over questions; with --cluster over clusters
     ties: int  # questions whose last vote was tied
 
 
@@ -312,13 +323,13 @@ def count_votes(run):
     al., "Evaluating Large Language Models Trained on Code", 2021). In the vote only answers that
     could be read have a voice; of tied answers the one given first wins.
     """
-    from scipy.stats import binom
+    import numpy
 
     by_question = {}
     for index, question in enumerate(run.rows.questions):
         by_question.setdefault(question, []).append(index)
     most = min(map(len, by_question.values()))
-    drawn, majority_right, ties = Counter(), [0] * most, 0
+    drawn, majority_right, ties, last_right = Counter(), [0] * most, 0, []
     for lines in by_question.values():
         lines.sort(key=run.rows.samples.__getitem__)
         right = [run.rows.answers[line] for line in lines if run.rows.right[line]]
@@ -327,15 +338,26 @@ def count_votes(run):
         for k, winner in enumerate(winners):
             majority_right[k] += winner in right  # several numbers can meet a reference with a fraction part
         ties += tied
+        last_right.append(winners[-1] in right[:1])
     questions = len(by_question)
     pass_at = [
         percent(sum(many * (1 - comb(n - c, k) / comb(n, k)) for (n, c), many in drawn.items()), questions)
         for k in range(1, most + 1)
     ]
-    # Resampling right and wrong votes over questions is a binomial draw, so no dice are needed.
-    low, high = binom.ppf([0.025, 0.975], questions, majority_right[-1] / questions)
-    interval = percent(float(low), questions), percent(float(high), questions)
+    if run.rows.clusters:
+        clusters = [run.rows.clusters[lines[0]] for lines in by_question.values()]
+        interval = tuple(percent(bound, 1) for bound in clustered(numpy.array(last_right, float), clusters))
+    else:
+        interval = bootstrap_interval(majority_right[-1], questions)
     return Votes(pass_at, [percent(right, questions) for right in majority_right], interval, ties)
+
+
+def bootstrap_interval(right, n):
+    """The 95 % bootstrap interval of a share, in percent: resampling right and wrong is a binomial draw."""
+    from scipy.stats import binom
+
+    low, high = binom.ppf([0.025, 0.975], n, right / n)
+    return percent(float(low), n), percent(float(high), n)
 
 
 def vote(answers):
@@ -348,34 +370,43 @@ def vote(answers):
     return winners, list(counts.values()).count(max(counts.values(), default=0)) > 1
 
 
+READINGS = {"right": "final answer", "published": "published rule"}
+
+
 @dataclass
 class Comparison:
-    """Two runs over the same questions: accuracies, difference and interval in percentage points."""
+    """Two runs over the questions that both hold: accuracies, difference and interval in percentage points."""
 
     first: str
     second: str
+    questions: int
+    left_out: int  # questions that only one of the two holds
+    other_golds: int  # questions that the two were scored against different reference numbers
     accuracies: tuple
     difference: float  # first - second
     interval: tuple  # 95 %, of the paired difference
+    interval_seeds: tuple | None  # 95 %, over the seeds of --pool-seeds
+    by_reading: dict  # the difference and its interval by each of READINGS
     first_only: int  # questions where the first run is right and the second is not, or right more often
     second_only: int
     test: str
     p: float
     p_holm: float = 1.0
 
+    @property
+    def shown(self):
+        """Whether a difference is shown: by the test, and where seeds were pooled by their interval too."""
+        low, high = self.interval_seeds or (1, 1)
+        return self.p_holm < 0.05 and (low > 0 or high < 0)
+
 
 def compare_runs(runs):
-    """A Comparison for every two runs; UserError where two do not hold the same questions."""
-    means = [question_means(run) for run in runs]
-    comparisons = []
-    for (a, (questions_a, means_a)), (b, (questions_b, means_b)) in combinations(zip(runs, means, strict=True), 2):
-        if len(questions_a) != len(questions_b) or (questions_a != questions_b).any():
-            shared = len(set(questions_a.tolist()) & set(questions_b.tolist()))
-            raise UserError(
-                f"--compare: {a.path} holds {a.questions:,} questions and {b.path} {b.questions:,}, {shared:,} the "
-                "same; compare files of the same questions"
-            )
-        comparisons.append(compare(a, b, means_a, means_b))
+    """A Comparison for every two runs; UserError where two hold no question in common."""
+    by_text = [questions_by_text(run) for run in runs]
+    comparisons = [
+        compare(a, b, *questions)
+        for (a, b), questions in zip(combinations(runs, 2), combinations(by_text, 2), strict=True)
+    ]
     # Holm (1979): the i-th smallest of m p-values times m - i, never below the one before it.
     least = 0.0
     for i, comparison in enumerate(sorted(comparisons, key=lambda comparison: comparison.p)):
@@ -383,50 +414,108 @@ def compare_runs(runs):
     return comparisons
 
 
-def question_means(run):
-    """The questions of a run in the order of their hashes, and the share of right samples of each."""
+@dataclass
+class Questions:
+    """A run's questions, in the order of the hashes of their texts."""
+
+    texts: object  # arrays, one value a question
+    golds: object
+    clusters: object  # None: each question is its own
+    shares: dict  # of right samples, by each of READINGS
+
+
+def questions_by_text(run):
     import numpy
 
-    questions, line = numpy.unique(numpy.asarray(run.rows.questions), return_inverse=True)
-    right = numpy.bincount(line, numpy.frombuffer(run.rows.right, dtype=numpy.uint8))
-    return questions, right / numpy.bincount(line)
+    texts, first, line = numpy.unique(numpy.asarray(run.rows.texts), return_index=True, return_inverse=True)
+    samples = numpy.bincount(line)
+    shares = {reading: numpy.bincount(line, bits(getattr(run.rows, reading))) / samples for reading in READINGS}
+    clusters = numpy.asarray(run.rows.clusters)[first] if run.rows.clusters else None
+    return Questions(texts, numpy.asarray(run.rows.golds)[first], clusters, shares)
 
 
-def compare(a, b, means_a, means_b):
+def compare(a, b, questions_a, questions_b):
     """One value a question, so samples of a question are never taken for independent.
 
-    The interval is Student's for the mean paired difference. With one sample a question p is
-    McNemar's exact test on the discordant pairs; with several it is that of the paired t-test.
+    The interval is Student's for the mean paired difference, with --cluster over clusters. With one sample a
+    question and no clusters p is McNemar's exact test on the discordant pairs; else it goes with the interval.
     """
-    from scipy.stats import binomtest, ttest_rel
+    import numpy
 
-    differences = means_a - means_b
-    first_only, second_only = int((differences > 0).sum()), int((differences < 0).sum())
-    low, high, p_paired = 0.0, 0.0, 1.0  # where no question differs, t is 0/0
-    if len(differences) < 2:
-        low, high = -1.0, 1.0
-    elif (differences != differences[0]).any():
-        paired = ttest_rel(means_a, means_b)
-        (low, high), p_paired = paired.confidence_interval(), float(paired.pvalue)
-    elif differences[0]:
-        low = high = differences[0]
-        p_paired = 0.0
-    if a.several or b.several:
-        test, p = "paired t-test", p_paired
-    else:
-        discordant = first_only + second_only
-        test, p = "exact McNemar", binomtest(first_only, discordant).pvalue if discordant else 1.0
+    shared, in_a, in_b = numpy.intersect1d(
+        questions_a.texts, questions_b.texts, assume_unique=True, return_indices=True
+    )
+    if not len(shared):
+        raise UserError(f"--compare: {a.path} and {b.path} hold no question in common, by its text")
+    shares = {reading: (questions_a.shares[reading][in_a], questions_b.shares[reading][in_b]) for reading in READINGS}
+    clusters = None if questions_a.clusters is None else questions_a.clusters[in_a]
+    by_reading = {reading: paired_difference(x - y, clusters) for reading, (x, y) in shares.items()}
+    difference, interval, p = by_reading["right"]
+    means_a, means_b = shares["right"]
+    first_only, second_only = int((means_a > means_b).sum()), int((means_a < means_b).sum())
+    test = "clustered t-test" if a.rows.clusters else "paired t-test"
+    if not (a.several or b.several or a.rows.clusters):
+        test, p = "exact McNemar", mcnemar(first_only, second_only)
     return Comparison(
         a.name,
         b.name,
-        (percent(means_a.mean(), 1), percent(means_b.mean(), 1)),
-        percent(differences.mean(), 1),
-        (percent(low, 1), percent(high, 1)),
+        len(shared),
+        len(questions_a.texts) + len(questions_b.texts) - 2 * len(shared),
+        int((questions_a.golds[in_a] != questions_b.golds[in_b]).sum()),
+        (percent(float(means_a.mean()), 1), percent(float(means_b.mean()), 1)),
+        difference,
+        interval,
+        difference_over_seeds(a, b, shared),
+        {reading: found[:2] for reading, found in by_reading.items()},
         first_only,
         second_only,
         test,
-        float(p),
+        p,
     )
+
+
+def mcnemar(first_only, second_only):
+    """The p-value of McNemar's exact test."""
+    from scipy.stats import binomtest
+
+    discordant = first_only + second_only
+    return float(binomtest(first_only, discordant).pvalue) if discordant else 1.0
+
+
+def paired_difference(differences, clusters):
+    """The mean of one difference a question, its 95 % interval (both in points), and p: Student's t over clusters."""
+    from scipy.special import stdtr
+
+    mean, error, count = clustered_mean(differences, clusters)
+    if count < 2:
+        low, high, p = -1.0, 1.0, 1.0
+    elif error:
+        half = t95(count - 1) * error
+        low, high, p = mean - half, mean + half, 2 * float(stdtr(count - 1, -abs(mean) / error))
+    else:  # every question differs alike
+        low, high, p = mean, mean, 0.0 if mean else 1.0
+    return percent(mean, 1), (percent(low, 1), percent(high, 1)), p
+
+
+def difference_over_seeds(a, b, shared):
+    """The 95 % interval, in points, of the difference over the seeds that were pooled; None where none were.
+
+    Of one pooled run Student's t over its seeds; of two Welch's, for the seeds of two trainings are no pairs.
+    """
+    import numpy
+    from scipy.stats import ttest_ind
+
+    if len(a.paths) == len(b.paths) == 1:
+        return None
+    shares_a, shares_b = (seed_shares(run, numpy.isin(numpy.asarray(run.rows.texts), shared)) for run in (a, b))
+    if len(shares_b) == 1:
+        return seed_interval([share - shares_b[0] for share in shares_a])
+    if len(shares_a) == 1:
+        return seed_interval([shares_a[0] - share for share in shares_b])
+    if len({*shares_a}) == len({*shares_b}) == 1:
+        return (shares_a[0] - shares_b[0],) * 2
+    low, high = ttest_ind(shares_a, shares_b, equal_var=False).confidence_interval()
+    return float(low), float(high)
 
 
 PUBLISHED_FILE = Path(__file__).parent / "results" / "published.json"
@@ -452,24 +541,55 @@ def load_published(runs):
             source = "file" if row["published"] is None else "readme"
             accuracy = row["file"] if row["published"] is None else row["published"]
             low, high = accuracy_interval(run, "published")
-            wanted = row["protocol"] | {"dataset_sha256": known["dataset_sha256"]}
-            protocol = compare_protocol(run, wanted)
+            protocol = compare_protocol(run, row, known["dataset_sha256"])
             inside = None if protocol.startswith("other") else low <= accuracy <= high
             found[run.name] = Published(accuracy, source, inside, protocol)
     return found
 
 
-def compare_protocol(run, wanted):
+PUBLISHER = "AnirudhCheruvu"  # of the fine-tuned checkpoints on the hub
+DATA = {"max_steps": None, "completions": None, "strip_annotations": False}  # of every published training
+
+
+def compare_protocol(run, row, dataset_sha256):
+    """In words, how a run was made beside a published row: other questions, another protocol, or the same.
+
+    The protocol is the model, its training where it was fine-tuned, dtype, prompt mode and decoding. A fine-tuned
+    model is the published one where it is the publisher's checkpoint, or where its training record agrees.
+    """
     record = read_record(run.path)
     if record is None:
         return "no run record"
-    made = record["decides"] | {"model": Path(str(record["segments"][-1].get("model"))).name}
-    differing = [key for key in wanted if made.get(key) != wanted[key]]
-    if "dataset_sha256" in differing:
+    made, model = record["decides"], str(record["segments"][-1].get("model"))
+    if made.get("dataset_sha256") != dataset_sha256:
         return "other questions"
-    if differing:
-        return "other protocol: " + ", ".join(f"{key} {made.get(key)}, not {wanted[key]}" for key in differing)
-    return "same protocol, our wording"
+    wanted, training = row["protocol"], row.get("training")
+    differing = differences(wanted, made | {"model": wanted.get("model") if training else Path(model).name})
+    trained = read_training(run.path, record)
+    if trained and not training:
+        differing.append(f"model {Path(model).name} is fine-tuned")
+    elif training and model != f"{PUBLISHER}/{training['name']}":
+        if trained is None:
+            differing.append(f"model {Path(model).name} without a training record, not {training['name']}")
+        else:
+            base = Path(str(trained["segments"][-1].get("model"))).name
+            flags = DATA | {"rank": None} | training | {"model": wanted.get("model")}
+            flags.pop("name")
+            differing += [f"training: {told}" for told in differences(flags, trained["decides"] | {"model": base})]
+    return "other protocol: " + ", ".join(differing) if differing else "same protocol, our wording"
+
+
+def differences(wanted, made):
+    return [f"{key} {made.get(key)}, not {value}" for key, value in wanted.items() if made.get(key) != value]
+
+
+def read_training(path, record):
+    """The record of the training that made a run's model: in the run record, else under train/ beside the answers."""
+    trained = record["segments"][-1].get("training")
+    if isinstance(trained, dict) and is_run_record(trained):
+        return trained
+    name = Path(str(record["segments"][-1].get("model"))).name
+    return read_record(Path(path).parent / "train" / name)
 
 
 def read_record(path):
@@ -502,12 +622,14 @@ def made_by(run):
     }
 
 
-def read_again(run, options, share=1.0):
+def read_again(run, format, share=1.0):
     """(Row, Reading, status) of a share of the questions once more, for what shows texts: a Run keeps none."""
-    for row in read_rows(run.path, [] if options.skip_bad else None):
+    for row in read_rows(run.path, format, [] if format.skip_bad else None):
+        if row.gold is None:
+            continue
         if share < 1 and crc32(row.question.encode("utf-8", "surrogatepass")) >= share * 2**32:
             continue
-        reading = read_final(row.text, thought(row, run.prefilled, options.thinking))
+        reading = read_final(row.text, thought(row, run.prefilled, format.thinking))
         yield row, reading, grade(reading, row.gold)
 
 
@@ -519,3 +641,31 @@ def think_budget(run):
     """The --think-budget that a run was made with, by its record; None without one."""
     record = read_record(run.path)
     return record and record["decides"].get("think_budget")
+
+
+def made_from(runs):
+    """In words, the models and data sets of runs, as their records say."""
+    models, data, tuned = {}, {}, False
+    for path in (path for run in runs for path in run.paths):
+        record = read_record(path)
+        if record is None:
+            continue
+        segment, trained = record["segments"][-1], read_training(path, record)
+        tuned = tuned or trained is not None
+        models[shown_name((trained or record)["segments"][-1].get("model"))] = None
+        data[shown_name(segment.get("dataset"))] = None
+    if not models:
+        return "model and data set not recorded"
+    return f"{listed(models)}{', as it is and fine-tuned,' if tuned else ''} on {listed(data)}"
+
+
+def shown_name(name):
+    """A hub id or a short relative path as it is, of any other path the last name: it says nothing elsewhere."""
+    name = str(name).rstrip("/\\")
+    return name if re.fullmatch(r"[^/\\]+(/[^/\\]+)?", name) else re.split(r"[/\\]", name)[-1]
+
+
+def listed(names):
+    """The first three names, and how many more."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

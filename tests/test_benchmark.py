@@ -17,6 +17,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import answers
 import benchmark
 import common
 import scores
@@ -151,7 +152,7 @@ def test_several_samples_have_an_interval_clustered_by_question(write, score):
     # Two questions, each all right or all wrong: the samples say no more than the questions do.
     rows = [line(q, "#### 18" if q % 2 else "", sample=s) for q in range(100) for s in range(4)]
     low, high = score(write(rows))[0]["interval"]
-    assert (low, high) == pytest.approx((50 - 9.85, 50 + 9.85), abs=0.01)  # 1.96 * 0.5 / sqrt(99)
+    assert (low, high) == pytest.approx((50 - 9.97, 50 + 9.97), abs=0.01)  # t of 99 degrees, 1.984 * 0.5 / sqrt(99)
 
 
 def test_order_of_lines_does_not_matter(write, score):
@@ -311,9 +312,8 @@ def test_votes_and_comparisons_keep_little_of_a_line(write, samples):
 
     rows = [line(id, f"#### {id}", sample=s) for id in range(4_000 // samples) for s in range(samples)]
     files = [write(rows, name) for name in ("a.jsonl", "b.jsonl")]
-    options = benchmark.parse([*files, "--compare"])
     tracemalloc.start()
-    runs = [scores.score_run(path, options) for path in options.files]
+    runs = [scores.score_run(Path(path), keep=True) for path in files]
     scores.compare_runs(runs)
     if samples > 1:
         scores.count_votes(runs[0])
@@ -362,13 +362,28 @@ def test_equal_runs_show_no_difference(write, capsys):
 def test_many_pairs_alike_are_counted_and_not_listed(write, capsys):
     benchmark.main([*(write([line()], f"{name}.jsonl") for name in "abcd"), "--compare"])
     printed = capsys.readouterr().out
-    assert printed.count("no difference shown") == 3 and "nor in 3 more of the 6 pairs" in printed
+    assert printed.count("no difference shown") == 3 and "so it is for 3 more of the 6 pairs" in printed
 
 
-def test_files_of_other_questions_are_not_compared(write, refuse):
-    files = [write(right_where(2, count), f"{count}.jsonl") for count in (4, 5)]
-    assert "4 the same" in refuse(*files, "--compare")
-    assert "two files" in refuse(files[0], "--compare")
+def test_files_are_compared_on_the_questions_that_both_hold_and_say_how_many(write, score, refuse, capsys):
+    a = write([line(q, "#### 18" if q < 2 else "#### 1") for q in range(4)], "a.jsonl")
+    texts = [("question  2 ", "#### 18"), ("question 3", "#### 1"), ("question 9", "#### 18")]
+    b = write([line(id, text) | {"question": question} for id, (question, text) in enumerate(texts)], "b.jsonl")
+    (pair,) = score(a, b, "--compare")[0]["compared"]
+    assert (pair["questions"], pair["left_out"], pair["first_only"], pair["second_only"]) == (2, 3, 0, 1)
+    assert (pair["accuracies"], pair["difference"]) == ([0, 50], -50)
+    benchmark.main([a, b, "--compare"])
+    assert "a and b are compared on the 2 questions that both hold; 3 stand in one alone" in capsys.readouterr().out
+    assert "no question in common" in refuse(a, write([line(9)], "c.jsonl"), "--compare")
+    assert "two files" in refuse(a, "--compare")
+
+
+def test_a_comparison_of_files_with_other_golds_says_so(write, capsys):
+    files = [
+        write([line(0, gold=gold), line(1)], f"{name}.jsonl") for name, gold in (("a", "#### 18"), ("b", "#### 7"))
+    ]
+    benchmark.main([*files, "--compare"])
+    assert "a and b were scored against other answers for 1 questions: pass --gold" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -376,8 +391,7 @@ def published_row(write, tmp_path, score):
     """Score a file that bears a published name, beside a run record with these changes."""
     known = json.loads(scores.PUBLISHED_FILE.read_text())
 
-    def published_row(right, segment=(), **changes):
-        name = "cot_model_outputs"
+    def published_row(right, segment=(), name="cot_model_outputs", **changes):
         decides = known["rows"][name]["protocol"] | {"dataset_sha256": known["dataset_sha256"]} | changes
         record = {"decides": decides, "segments": [{"model": "Qwen/Qwen3-0.6B"} | dict(segment)]}
         (tmp_path / f"{name}.run.json").write_text(json.dumps(record))
@@ -401,7 +415,39 @@ def test_another_protocol_is_named_and_gets_no_verdict(published_row):
     assert published_row(54, max_new_tokens=64)["inside"] is None
     assert published_row(54, max_new_tokens=64)["protocol"] == "other protocol: max_new_tokens 64, not 512"
     assert published_row(54, {"model": "demo/model"})["protocol"] == "other protocol: model model, not Qwen3-0.6B"
+    assert published_row(54, {"model": "some/banana-7B"})["inside"] is None
     assert published_row(54, dataset_sha256="")["protocol"] == "other questions"
+
+
+TUNED = "Qwen3-GSM8k-SFT-BF16-temp0"
+
+
+def test_a_fine_tuned_row_wants_the_published_checkpoint_or_its_training(published_row):
+    training = json.loads(scores.PUBLISHED_FILE.read_text())["rows"][TUNED]["training"]
+    name = training["name"]
+    decides = {key: value for key, value in training.items() if key != "name"}
+    whole = {"max_steps": None, "completions": None, "strip_annotations": False}
+    trained = {"decides": decides | whole, "segments": [{"model": "Qwen/Qwen3-0.6B"}]}
+
+    def protocol(model, training=None, **changes):
+        return published_row(48, {"model": model, "training": training}, TUNED, **changes)["protocol"]
+
+    same = "same protocol, our wording"
+    assert protocol(f"{scores.PUBLISHER}/{name}") == same
+    assert protocol("outputs/own", trained) == same
+    assert protocol("some/banana-7B") == f"other protocol: model banana-7B without a training record, not {name}"
+    assert protocol(f"somebody/{name}").startswith("other protocol: model")
+    assert protocol(f"{scores.PUBLISHER}/{name}", dtype="fp32") == "other protocol: dtype fp32, not bf16"
+    for changed in ({"epochs": 1}, {"dtype": "fp32"}, {"max_steps": 100}, {"rank": 4}, {"completions": "own.jsonl"}):
+        other = {"decides": trained["decides"] | changed, "segments": trained["segments"]}
+        assert protocol("outputs/own", other).startswith(f"other protocol: training: {next(iter(changed))} ")
+    banana = trained | {"segments": [{"model": "some/banana-7B"}]}
+    assert protocol("outputs/own", banana) == "other protocol: training: model banana-7B, not Qwen3-0.6B"
+
+
+def test_a_row_of_the_model_as_released_is_not_that_of_one_fine_tuned(published_row):
+    tuned = {"model": "outputs/Qwen3-0.6B", "training": {"decides": {}, "segments": [{}]}}
+    assert published_row(54, tuned)["protocol"] == "other protocol: model Qwen3-0.6B is fine-tuned"
 
 
 def test_the_published_figures_are_those_of_the_gsm8k_test_split(shared):
@@ -476,7 +522,8 @@ def test_test_answers_are_never_kept_to_train_on(train_run, write, tmp_path):
     def refused(path):
         with pytest.raises(common.UserError) as error:
             options = benchmark.parse([path, *keep])
-            benchmark.keep_correct([scores.score_run(options.files[0], options)], options)
+            run = scores.score_run(options.files[0])
+            benchmark.keep_correct([run], answers.FORMAT, options.keep_correct, options.keep_most)
         return str(error.value)
 
     assert "holds questions of the test split" in refused(train_run([line(1), line(3)]))
@@ -525,7 +572,26 @@ def test_seeds_are_pooled_as_samples_of_their_questions(write, score, capsys):
     assert other["n"] == 2 and pooled["compared"][0]["test"] == "paired t-test"
     benchmark.main([*files, "--pool-seeds"])
     printed = capsys.readouterr().out
-    assert "sft  " in printed and "3 seeds, taken together" in printed and "pass@" not in printed
+    assert "sft  " in printed and "3 seeds (50.00, 100.00, 50.00)" in printed and "pass@" not in printed
+
+
+def test_pooled_seeds_have_an_interval_over_seeds_and_no_claim_without_it(write, score, capsys):
+    def seeds(name, *rights):
+        return [write(right_where(right, 200), f"{name}-seed{seed}.jsonl") for seed, right in enumerate(rights)]
+
+    base, steady, erratic = write(right_where(60, 200), "base.jsonl"), (98, 100, 102), (60, 100, 140)
+    for rights, shown in ((steady, True), (erratic, False)):
+        files = seeds("sft", *rights)
+        first, pooled = score(base, *files, "--pool-seeds", "--compare")
+        (pair,) = first["compared"]
+        half = 4.3027 * (rights[1] - rights[0]) / 2 / 3**0.5  # t of 2 degrees; a standard deviation of one step
+        assert pair["interval_seeds"] == pytest.approx([-20 - half, -20 + half], abs=1e-3)
+        assert pooled["interval_seeds"] == pytest.approx([50 - half, 50 + half], abs=1e-3)
+        assert pair["p_holm"] < 0.001
+        benchmark.main([base, *files, "--pool-seeds", "--compare"])
+        assert ("no difference shown between base and sft over seeds" in capsys.readouterr().out) is not shown
+    welch = score(*seeds("a", *steady), *seeds("b", *erratic), "--pool-seeds", "--compare")[0]["compared"][0]
+    assert welch["interval_seeds"] == pytest.approx([-49.0, 49.0], abs=1)  # t of 2.04 degrees over both spreads
 
 
 def test_seeds_of_other_questions_are_not_pooled(write, refuse):
@@ -569,3 +635,214 @@ def test_a_compressed_file_is_read_as_it_was(write, score, refuse, tmp_path):
     for damaged in (compressed.read_bytes()[:-12], b"no gzip", compressed.read_bytes()[:30] + b"x" * 40):
         compressed.write_bytes(damaged)
         assert "run.jsonl.gz: cannot be read" in refuse(str(compressed))
+
+
+HARNESS = ROOT / "tests" / "samples_gsm8k.jsonl"  # --log_samples of lm-eval 0.4.13: 2 documents, 2 filters, 2 repeats
+
+
+def test_a_file_of_eleuthers_harness_is_read_as_it_is(write, score, capsys, tmp_path):
+    (run,) = score(str(HARNESS))
+    assert (run["n"], run["questions"], run["correct"], run["ambiguous"]) == (4, 2, 4, 0)
+    documents = [json.loads(text) for text in HARNESS.read_text().splitlines()]
+    own = [
+        {"id": 7 + doc["doc_id"], "question": doc["doc"]["question"], "model_output": "#### 18"}
+        | {"ground_truth_answer": doc["doc"]["answer"]}
+        for doc in documents[:2]
+    ]
+    (pair,) = score(str(HARNESS), write(own), "--compare")[0]["compared"]
+    assert (pair["questions"], pair["left_out"], pair["other_golds"], pair["first_only"]) == (2, 0, 0, 1)
+    page = tmp_path / "page.html"
+    benchmark.main([str(HARNESS), "--html", str(page), "--wrong", "1"])
+    assert "Question: Janet" in page.read_text() and "<dd>greedy</dd>" in page.read_text()
+
+
+def test_a_harness_file_of_two_filters_holds_each_answer_once(write, score, shared):
+    """The published texts as the harness logs them come to the published counts."""
+    path = shared / "published_outputs" / "cot_model_outputs.jsonl"
+    published = [json.loads(text) for text in path.read_text().splitlines()]
+    lines = [
+        {"doc_id": row["id"], "doc": {"question": row["question"]}, "target": row["ground_truth_answer"]}
+        | {"resps": [[row["model_output"]]], "filtered_resps": ["18"], "filter": name}
+        for name in ("strict-match", "flexible-extract")
+        for row in published
+    ]
+    (run,) = score(write(lines))
+    assert (run["n"], run["questions"], run["correct_published"]) == (1319, 1319, 701)
+
+
+def harness_line(**changes):
+    line = {
+        "doc_id": 0,
+        "doc": {"question": "q", "result": 7},
+        "target": "18",
+        "resps": [["#### 18"]],
+        "filter": "none",
+    }
+    return line | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"doc": "q"}, "'doc' must be an object, this is str"),
+        ({"doc": {"problem": "q"}}, "lacks the key 'question'"),
+        ({"resps": [[["-1.5", "False"]], [["-2.5", "True"]]]}, "log the samples of a generate_until task"),
+        ({"resps": "18"}, "log the samples of a generate_until task"),
+        ({"resps": [[18.5, None]]}, "'model_output' must be text, this is NoneType"),
+        ({"target": "['a']"}, "is no number"),
+    ],
+)
+def test_a_harness_line_that_holds_no_answers_is_named(write, refuse, changes, told):
+    assert told in refuse(write([harness_line(**changes)]))
+
+
+def test_a_harness_document_is_scored_against_the_column_that_is_named(write, score):
+    path = write([harness_line()])
+    assert score(path)[0]["correct"] == 1
+    assert score(path, "--answer-column", "result")[0]["wrong"] == 1
+
+
+def test_files_of_other_key_names_are_read_and_lines_of_one_question_are_its_samples(write, score, refuse):
+    rows = [{"problem": f"q{i}", "solution": 18, "generation": f"#### {17 + i % 2}"} for i in (1, 2, 1)]
+    columns = ["--question-column", "problem", "--answer-column", "solution", "--output-column", "generation"]
+    (run,) = score(write(rows), *columns)
+    assert (run["n"], run["questions"], run["correct"], run["pass_at"]) == (3, 2, 2, [50])
+    refused = refuse(write(rows), *columns[:4])
+    assert "lacks the key 'model_output'" in refused and "name the right one with --output-column" in refused
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A data set of two questions, of which the second has another answer; both are of one template."""
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"question": "question  0", "answer": "#### 18", "template": "eggs"},
+        {"question": "question 1", "answer": "#### 7", "template": "eggs"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_other_golds_are_matched_by_text_and_what_has_none_is_left_out_and_counted(
+    write, score, refuse, capsys, dataset
+):
+    path = write([line(0), line(1), line(2)])
+    (run,) = score(path, "--gold", dataset)
+    assert (run["n"], run["correct"], run["wrong"], run["no_gold"]) == (2, 1, 1, 1)
+    benchmark.main([path, write([line(1)], "b.jsonl"), "--gold", dataset, "--wrong", "5", "--compare"])
+    printed = capsys.readouterr().out
+    assert "run: 1 lines are left out: --gold does not hold their questions" in printed
+    assert printed.count("read 18, gold 7") == 2
+    assert "--gold holds none of its 1 questions" in refuse(write([line(9)]), "--gold", dataset)
+    assert "--gold none.jsonl" in refuse(path, "--gold", "./none.jsonl").replace("./", "")
+
+
+def test_questions_of_one_template_count_as_one_cluster(write, score, refuse, capsys, dataset):
+    """45 templates of the demo: the standard error of cot is 2.83 points, not 1.57."""
+    cot, few_shot = (str(ROOT / "results" / "demo" / f"{mode}.jsonl") for mode in ("cot", "few_shot"))
+    cluster = ["--cluster", "template", "--cluster-from", str(ROOT / "demo" / "problems")]
+    first, _ = score(cot, few_shot, *cluster, "--compare")
+    assert first["clusters"] == 45
+    t, error = 2.0154, 2.83  # t of 44 degrees
+    assert first["interval"] == pytest.approx([73.25 - t * error, 73.25 + t * error], abs=0.02)
+    (pair,) = first["compared"]
+    assert pair["test"] == "clustered t-test" and pair["interval"] == pytest.approx([-0.88, 3.88], abs=0.01)
+    (plain,) = score(cot)
+    assert plain["interval"] == pytest.approx([70.08, 76.20], abs=0.01)
+    own_key = write([line(q, template=f"t{q % 3}") for q in range(9)])
+    assert score(own_key, "--cluster", "template")[0]["clusters"] == 3
+    assert "lacks the key 'template' of --cluster; --cluster-from" in refuse(write([line()]), "--cluster", "template")
+    assert "--cluster KEY" in refuse(cot, "--cluster-from", dataset)
+
+
+def test_clustered_errors_are_those_of_a_sum_over_clusters(write, score):
+    """By hand: three clusters, of 4, 4 and 2 questions with 4, 2 and 0 right, mean 0.6."""
+    clusters, rights = "aaaabbbbcc", [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+    rows = [line(q, "#### 18" if right else "", group=clusters[q]) for q, right in enumerate(rights)]
+    (run,) = score(write(rows), "--cluster", "group")
+    error = (3 / 2 * (1.6**2 + 0.4**2 + 1.2**2)) ** 0.5 / 10
+    assert run["interval"] == pytest.approx([0, 100], abs=1e-9) and 4.3027 * error > 0.6  # t of 2 degrees, cut at 0
+    mean, found, count = scores.clustered_mean(scores.bits(bytearray(rights)), list(map(ord, clusters)))
+    assert (mean, found, count) == (pytest.approx(0.6), pytest.approx(error), 3)
+    (all_right,) = score(write([line(q, group=str(q % 5)) for q in range(50)]), "--cluster", "group")
+    assert all_right["interval"] == pytest.approx([56.55, 100], abs=0.01)  # Wilson's for 5 of 5
+
+
+def test_a_vote_has_an_interval_over_clusters(write, score):
+    rows = [line(q, "#### 18" if q < 20 else "", sample=s, group=q // 10) for q in range(40) for s in range(2)]
+    (run,) = score(write(rows), "--cluster", "group")
+    assert run["majority_interval"] == pytest.approx([0, 100])  # four clusters, all right or all wrong
+    assert run["majority_at"] == [50, 50]
+
+
+def test_a_line_break_in_a_command_makes_no_row_and_markup_in_a_name_no_html(write, capsys, tmp_path):
+    path = write([line()], "a ![x](y) <img src=x>.jsonl")
+    command = "python inference.py --system-prompt 'x\nforged  1  100.00'\n| b | 1 |"
+    record = {"decides": {}, "segments": [{"command": command}]}
+    (tmp_path / "a ![x](y) <img src=x>.run.json").write_text(json.dumps(record))
+    benchmark.main([path, "--commands"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    benchmark.main([path, write([line(text="")], "b*.jsonl"), "--commands", "--markdown", "--compare"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(re.split(r"(?<!\\)\|", text)) for text in lines[:4]] == [12] * 4
+    assert not re.search(r"(?<!\\)[<>!*]", "".join(lines)) and "x\\\\nforged" in lines[2]
+
+
+def test_a_code_block_is_not_left_by_the_backticks_in_it():
+    assert common.code_block("a\n```\n# b") == "````\na\n```\n# b\n````"
+    assert common.code_block("a") == "```\na\n```"
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draw a picture and give its figure, laid out."""
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+
+    def drawn(*arguments):
+        benchmark.main([*arguments, "--plot", str(tmp_path / "x.png")])
+        figures[-1].canvas.draw()
+        return figures[-1]
+
+    return drawn
+
+
+def texts_of(figure):
+    from matplotlib.text import Text
+
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+
+
+def test_a_picture_names_model_and_data_and_draws_accuracy_from_0_to_100(drawn, write, tmp_path):
+    path = write([line(0), line(1, "#### 1")])
+    record = {"decides": {}, "segments": [{"model": "/home/me/Qwen3-0.6B", "dataset": "openai/gsm8k"}]}
+    (tmp_path / "run.run.json").write_text(json.dumps(record))
+    figure = drawn(path)
+    assert figure._suptitle.get_text() == "Qwen3-0.6B on openai/gsm8k"
+    accuracies, statuses = figure.axes
+    assert accuracies.get_xlim() == statuses.get_xlim() == (0, 100)
+    assert [text.get_text() for text in statuses.get_legend().get_texts()] == ["right", "wrong"]
+
+
+def test_a_picture_draws_the_vote_of_several_samples_and_paired_differences(drawn, write):
+    rows = [line(q, "#### 18" if s < 2 or q == 0 else f"#### {s}", sample=s) for q in range(4) for s in range(4)]
+    first = write([line(q, "#### 1") for q in range(4)], "base.jsonl")
+    figure = drawn(first, write(rows, "maj4.jsonl"), "--compare")
+    told = [text.get_text() for text in texts_of(figure)]
+    assert "100.0  maj@4" in told and "62.5  mean of 4" in told
+    assert "maj4 − base" in told and any(text.startswith("+62.5 [+") for text in told)
+
+
+def test_no_two_texts_of_a_picture_overlap(drawn):
+    """Runs that come to about the same, as the demo's recipes do."""
+    folder = ROOT / "results" / "demo" / "model"
+    names = ["thinking-4096", *(f"thinking-budget-{n}" for n in (32, 64, 128, 256)), "maj8", "base-prefill-1024"]
+    figure = drawn(*(str(folder / f"{name}.jsonl.gz") for name in names), "--compare")
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
+    width, height = figure.canvas.get_width_height()
+    for place, (text, box) in enumerate(boxes):
+        assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text
+        for other, other_box in boxes[place + 1 :]:
+            assert not box.overlaps(other_box), (text, other)
