@@ -258,7 +258,7 @@ DATA = {
         lambda: score(write("x.jsonl", [ROW | {"ground_truth_answer": "two"}])), "x.jsonl:1", "####"),
     "completion twice": (lambda: score(write("x.jsonl", [ROW, ROW])), "x.jsonl", "repeat"),
     "other questions compared": (
-        lambda: score(write("x.jsonl", [ROW]), write("y.jsonl", [ROW | {"id": 1}]), "--compare"), "--compare", "x.jsonl"),
+        lambda: score(write("x.jsonl", [ROW]), write("y.jsonl", [ROW | {"question": "another?"}]), "--compare"), "--compare", "x.jsonl"),
 }  # fmt: skip
 
 CASES = {
