@@ -4,7 +4,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from common import UserError, is_run_record, read_json
+from common import ArgumentParser, UserError, command_line, is_run_record, printable, read_json
 from data import load_questions
 
 # Mean output tokens of an answer by Qwen3-0.6B, counted in the published outputs; thinking at 1,024 tokens at most.
@@ -140,3 +140,51 @@ def sum_records(paths):
                 for name in total:
                     total[name] += segment[name]
     return total
+
+
+@command_line
+def main(argv=None):
+    """Print what runs cost by their records, as Markdown."""
+    parser = ArgumentParser("costs.py", description="Print what runs cost, by their run records, as a Markdown table.")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE.run.json", help="run records of answers and trainings"
+    )
+    lines = [cost(read_json(path), path) for path in parser.parse_args(argv).files]
+    print("| device | model | command | answers or steps | time | tokens/s | peak memory |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
+    for line in lines:
+        print("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |")
+
+
+def cost(record, path):
+    """The cells of one run: of answers, or of a training, whose record has a result."""
+    if not is_run_record(record):
+        raise UserError(f"{path}: is no run record; pass files that end in .run.json")
+    decides, segments = record["decides"], record["segments"]
+    last, seconds = segments[-1], sum(segment.get("seconds") or 0 for segment in segments)
+    tokens = sum(segment.get("output_tokens") or 0 for segment in segments)
+    if "result" in record:
+        script = f"train_lora.py --rank {decides['rank']}" if decides.get("rank") else "train.py"
+        done = f"{(record['result'] or {}).get('step', 0):,} steps of {decides.get('batch_size')}"
+        words = f"{script} --mode {decides.get('mode', 'chatml_think_prefill')}"
+    else:
+        done = f"{sum(segment.get('answers') or 0 for segment in segments):,}"
+        words = f"inference.py --mode {decides.get('mode')}"
+    model = Path(str(last.get("model")))
+    peaks = [segment.get("peak_memory") or {} for segment in segments]
+    memory = {
+        kind: max(peak.get(kind, 0) for peak in peaks) for kind in sorted({kind for peak in peaks for kind in peak})
+    }
+    return [
+        f"{last.get('device', 'server')}, {decides.get('dtype')}, threads {last.get('threads')}",
+        str(model) if len(model.parts) < 3 else model.name,
+        words,
+        done,
+        in_words(seconds),
+        f"{tokens / seconds:,.0f}" if tokens and seconds else "-",
+        ", ".join(f"{size / 2**30:.1f} GiB {kind}" for kind, size in memory.items()) or "-",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import benchmark
 from common import (
+    DTYPES,
     ArgumentParser,
     UserError,
     at_least,
@@ -250,6 +251,7 @@ class Setup:
     sizes: Sizes
     limit: int | None = None
     max_steps: int | None = None
+    dtype: str | None = None  # of what the table gives none
     checkpoints: str | None = None  # hub user or folder with the published checkpoints, in place of own training
 
     @property
@@ -299,6 +301,9 @@ def parse_args(argv):
     add("--out", type=Path, help="folder for answers and trained models (default outputs/NAME)")
     add("--limit", type=at_least(1), help="answer the first LIMIT test questions in every experiment")
     add("--max-steps", type=at_least(1), help="train for so many steps in every training")
+    add(
+        "--dtype", choices=DTYPES, help="precision of every command for which the table has none (default the scripts')"
+    )
     add("--seeds", type=at_least(0), nargs="+", metavar="N", help="a training for each seed where seeds are compared")
     add("--jobs", type=at_least(1, 64), help="commands at once (default 1, for the demo 2)")
     add("--checkpoints", choices=("published",),
@@ -325,6 +330,7 @@ def read_setup(args):
         sizes=replace(sizes, seeds=tuple(args.seeds)) if args.seeds else sizes,
         limit=args.limit,
         max_steps=args.max_steps,
+        dtype=args.dtype,
         checkpoints=PUBLISHER if args.checkpoints else None,
     )
 
@@ -370,7 +376,7 @@ def experiment_steps(row, table, setup):
     output = setup.answers / f"{row.name}.jsonl"
     shared = {"overwrite": "changed", "dataset": setup.dataset, "output": output, "model_id": model}
     limit = {} if row.flags.get("split") == "train" else given(limit=setup.limit)
-    command = ("inference.py", *arguments(shared | row.flags | limit))
+    command = ("inference.py", *arguments(shared | given(dtype=setup.dtype) | row.flags | limit))
     return [*before, Step(row.name, command, tuple(step.name for step in before))]
 
 
@@ -394,7 +400,8 @@ def training_steps(training, table, setup):
         command = ("benchmark.py", str(setup.answers / f"{source.name}.jsonl"), "--keep-correct", str(right))
         before = [*experiment_steps(source, table, setup), Step(right.stem, command, (source.name,))]
         learned = {"completions": right}
-    flags = shared | setup.sizes.training | training.flags | learned | given(max_steps=setup.max_steps)
+    sizes = setup.sizes.training | given(dtype=setup.dtype)
+    flags = shared | sizes | training.flags | learned | given(max_steps=setup.max_steps)
     return [*before, Step(name, (training.script, *arguments(flags)), tuple(step.name for step in before))]
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from checkpoints import drop_checkpoints, last_checkpoint
@@ -366,7 +367,7 @@ class RunOutput:
         """Write the run record; `seconds` is how long the present segment has taken."""
         if is_main():
             *earlier, segment = self.record["segments"]
-            segment.update(self.answers.totals_beyond(earlier), seconds=seconds)
+            segment.update(self.answers.totals_beyond(earlier), seconds=seconds, peak_memory=peak_memory())
             self.store_record(self.record)
 
     def store_record(self, record):
@@ -431,6 +432,20 @@ def describe_run(device=None):
 
         described |= {"device": f"{device.type}: {device_name(device)}", "threads": torch.get_num_threads()}
     return described
+
+
+def peak_memory():
+    """The most bytes that this process has held so far, `cpu` and on a GPU `cuda`; a system that does not tell is left out."""
+    held = {}
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        held["cpu"] = most if sys.platform == "darwin" else most * 1024
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
+        held["cuda"] = torch.cuda.max_memory_allocated()
+    return held
 
 
 def project_commit():

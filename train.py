@@ -51,7 +51,7 @@ from common import (
 )
 from data import Question, hash_questions, load_questions
 from reading import read_gold
-from runs import claim_folder, describe_run, locked_folder, write_record
+from runs import claim_folder, describe_run, locked_folder, peak_memory, write_record
 
 TRAINED_MODES = tuple(mode for mode in MODES if mode != "few_shot")  # its prompt needs worked examples
 # The flags that decide the weights. Of a new one record only what is not its default: runs made before then resume.
@@ -136,7 +136,8 @@ def train_in_folder(args, record, build_trainer, ask, next_command):
             begun = time.perf_counter()
             with named_save_errors(args.output_dir):
                 train(trainer, checkpoint)
-            record["segments"][-1]["seconds"] = round(time.perf_counter() - begun, 3)
+            spent = {"seconds": round(time.perf_counter() - begun, 3), "peak_memory": peak_memory()}
+            record["segments"][-1].update(spent)
             with named_save_errors(args.output_dir, (OSError, RuntimeError, SafetensorError)):
                 finish(args, trainer, record, ask)
             log(f"{args.output_dir}: finished; {next_command}")

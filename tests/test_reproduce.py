@@ -331,3 +331,28 @@ def test_make_reproduce_runs_and_reports():
     assert [" ".join(line.split()[1:]) for line in told.splitlines()] == [
         f"reproduce.py run {flags}", f"reproduce.py report {flags}"
     ]  # fmt: skip
+
+
+# ---- Costs
+
+
+def test_the_cost_of_a_run_is_what_its_record_tells(reproduced, capsys):
+    answers, training = (
+        reproduced / "outputs/cot_model_outputs.run.json",
+        "results/small/train/own-answers-seed1.run.json",
+    )
+    costs.main([str(answers), str(reproduced / training)])
+    *_, of_answers, of_training = capsys.readouterr().out.splitlines()
+    segments = common.read_json(answers)["segments"]
+    rate = sum(one["output_tokens"] for one in segments) / sum(one["seconds"] for one in segments)
+    assert "| inference.py --mode cot | 5 |" in of_answers and f"| {rate:,.0f} |" in of_answers
+    assert "| train.py --mode " in of_training and "| 2 steps of 16 |" in of_training
+    for line in (of_answers, of_training):
+        assert 0.1 < float(re.search(r"([0-9.]+) GiB cpu", line)[1]) < 50
+
+
+def test_a_record_that_is_none_is_refused_by_name(tmp_path, capsys):
+    (tmp_path / "a.run.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        costs.main([str(tmp_path / "a.run.json")])
+    assert "a.run.json: is no run record" in capsys.readouterr().err
