@@ -83,8 +83,8 @@ def at_least(least, most=2**31 - 1):
     return integer
 
 
-class Terminated(BaseException):
-    """SIGTERM, raised where it arrives, so that it cleans up as Ctrl-C does."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where it arrives, so that it cleans up as Ctrl-C does; libraries let both through."""
 
 
 TRACEBACK = "--traceback"
@@ -133,10 +133,10 @@ def command_line(main):
         restore = heed_stops(stop)
         try:
             line, code = end(main, argv)
-        except KeyboardInterrupt:
-            line, code = "interrupted", 130
         except Terminated:
             line, code = "terminated", 143
+        except KeyboardInterrupt:
+            line, code = "interrupted", 130
         finally:
             if main.__module__ != "__main__":  # else the rest of a burst may arrive while Python shuts down
                 restore()

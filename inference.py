@@ -216,7 +216,6 @@ def refuse_contradictions(args):
     mode = MODES[args.mode]
     if args.server:
         local = {"--dtype": args.dtype, "--device": args.device, "--base-model": args.base_model}
-        local["--think-budget"] = args.think_budget
         local["--batch-size"] = None if args.batch_size == "auto" else args.batch_size
         for flag, value in local.items():
             if value is not None:
@@ -565,7 +564,9 @@ def start_generating(args, model, tokenizer, requests, prompts) -> Iterator:
     from server import ask_server
 
     if args.server:
-        return ask_server(args, requests, prompts)
+        return ask_server(
+            args.server, args.model_id, requests, prompts, tokenizer, args.decoding, args.concurrency, args.stop
+        )
     note = tqdm.write if is_main() else lambda line: None
     return generate(model, tokenizer, requests, args.decoding, args.batch_size, note=note)
 
@@ -586,7 +587,7 @@ def write_answers(
         with tqdm(desc=share, total=to_go, unit="question", smoothing=0.1, disable=not is_main()) as bar:
             for done in completions:
                 output.append(answer_line(mode, questions[done.id], prompts[done.id], done, run.think_budget))
-                if run.think_budget:
+                if run.think_budget and done.token_ids:  # a server gives text alone
                     made[done.id, done.sample] = done
                 rate = (output.answers.totals["output_tokens"] - before) / (time.perf_counter() - begun)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)

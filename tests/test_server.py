@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -19,11 +19,12 @@ from conftest import ROOT
 import common
 import generation
 import inference
+import runs
 import server as server_module
+from model import find_tokenizer, load_tokenizer
 from server import request_seed
 
 DEMO = ["--model-id", "demo/model", "--dataset", "demo/problems"]
-FAULTS = "429", "500", "dropped", "stalled", "cut", "malformed", "empty"
 
 
 @pytest.fixture(autouse=True)
@@ -34,69 +35,91 @@ def at_the_root(monkeypatch):
             monkeypatch.delenv(name)
 
 
+class Fake(BaseHTTPRequestHandler):
+    """Answers as `server.fault(number of try, body)` says: None answers, a name of FAULTS or a dict changes the reply."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if body["max_tokens"] == 1 and not self.server.probes:  # what the client asks first, to learn the server's ways
+            return self.answer(None, body)
+        key = json.dumps(body["prompt"]), body.get("seed")
+        with self.server.lock:
+            tries = self.server.tries[key] = self.server.tries.get(key, 0) + 1
+            number = list(self.server.tries).index(key)
+            self.server.requests.append((self.headers["authorization"], body))
+            fault = self.server.fault(number, tries, body)
+            self.server.answered += [key] if fault is None else []
+        self.answer(fault, body)
+
+    def answer(self, fault, body):
+        prompt, seed = body["prompt"], body.get("seed")
+        choice = {"index": 0, "text": f"{hash(str(prompt))} {seed}\n#### 4", "finish_reason": "stop"}
+        count = len(prompt) if isinstance(prompt, list) else len(self.server.tokenizer(prompt)["input_ids"])
+        usage = {"prompt_tokens": count, "completion_tokens": min(5, body["max_tokens"])}
+        reply = {
+            "id": "x",
+            "object": "text_completion",
+            "created": 0,
+            "model": "m",
+            "choices": [choice],
+            "usage": usage,
+        }
+        status, headers, fault = 200, {"retry-after-ms": "10"}, fault or {}
+        if isinstance(fault, dict):
+            status, headers = fault.get("status", 200), headers | fault.get("headers", {})
+            choice |= fault.get("choice", {})
+            usage |= fault.get("usage", {})
+            reply |= fault.get("reply", {})
+        if fault == "dropped":
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        if fault == "stalled":
+            self.server.stall.wait(60)
+        text = json.dumps(reply if status == 200 else {"error": {"message": "no, not now"}})
+        text = {"malformed": text[:40], "empty": "{}", "page": "<html>"}.get(
+            fault if isinstance(fault, str) else "", text
+        )
+        self.send_response(status)
+        for name, value in (headers | {"content-type": "text/html" if fault == "page" else "application/json"}).items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(text) + 50 * (fault == "cut")))
+        self.end_headers()
+        if fault == "dripping":
+            for _ in range(600):
+                self.wfile.write(b" ")
+                if self.server.stall.wait(0.1):
+                    return None
+        self.wfile.write(text.encode())
+        self.close_connection = True
+        return None
+
+    def handle(self):
+        with contextlib.suppress(OSError):  # the client has given up on a stalled reply
+            super().handle()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(find_tokenizer(str(ROOT / "demo/model")))
+
+
 @pytest.fixture
-def faulty(monkeypatch):
-    """A server whose every prompt meets two of the FAULTS before it is answered, and the requests it got."""
-    monkeypatch.setattr(server_module, "SERVER_TIMEOUT", 1)
-    tries, answered, requests, lock = Counter(), Counter(), [], threading.Lock()
-
-    class Faulty(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            key = body["prompt"], body.get("seed")
-            with lock:
-                number = list(tries).index(key) if key in tries else len(tries)
-                tries[key] += 1
-                requests.append((self.headers["authorization"], body))
-                faults = FAULTS[number % len(FAULTS)], FAULTS[(number // 2 + 3) % len(FAULTS)], None
-                fault = server.always or faults[min(tries[key] - 1, 2)]
-            if fault is None:
-                with lock:
-                    answered[key] += 1
-            self.answer(fault, body)
-
-        def answer(self, fault, body):
-            usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
-            choice = {"index": 0, "text": f"{len(body['prompt'])} {body.get('seed')}\n#### 4", "finish_reason": "stop"}
-            reply = json.dumps(
-                {
-                    "id": "x",
-                    "object": "text_completion",
-                    "created": 0,
-                    "model": "m",
-                    "choices": [choice],
-                    "usage": usage,
-                }
-            )
-            if fault == "dropped":
-                return self.connection.shutdown(socket.SHUT_RDWR)
-            if fault == "stalled":
-                time.sleep(1.5)
-            status = int(fault) if fault and fault.isdigit() else 200
-            reply = {"cut": reply, "malformed": reply[:40], "empty": "{}"}.get(fault, reply)
-            if status != 200:
-                reply = json.dumps({"error": {"message": "no, not now"}})
-            self.send_response(status)
-            self.send_header("content-type", "application/json")
-            self.send_header("retry-after-ms", "10")
-            self.send_header("content-length", str(len(reply) + 50 * (fault == "cut")))
-            self.end_headers()
-            self.wfile.write(reply.encode())
-            self.close_connection = True
-
-        def handle(self):
-            with contextlib.suppress(OSError):  # the client has given up on a stalled reply
-                super().handle()
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Faulty) as server:
-        server.always, server.requests, server.answered = None, requests, answered
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        server.flag = ["--server", f"http://127.0.0.1:{server.server_address[1]}"]
+def fake(monkeypatch, tokenizer):
+    """A server on this machine that answers every request, until a test gives it faults; waits are short."""
+    monkeypatch.setattr(server_module, "RETRY_AFTER_SECONDS", 0.02)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Fake) as server:
+        server.tries, server.requests, server.answered, server.lock = {}, [], [], threading.Lock()
+        server.fault, server.probes, server.tokenizer = lambda *_: None, False, tokenizer
+        server.stall, server.daemon_threads, server.block_on_close = threading.Event(), True, False
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
+        server.flag = ["--server", server.url]
         yield server
+        server.stall.set()
         server.shutdown()
 
 
@@ -104,15 +127,37 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_faulty_server_loses_no_answer_and_doubles_none(faulty, tmp_path, monkeypatch):
+def ask(fake, path, *flags):
+    return inference.main([*DEMO, *fake.flag, "--output", str(path), *map(str, flags)])
+
+
+def refusal(capsys, run, *arguments):
+    """The one error line in which a run ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run(*arguments)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    return line
+
+
+FAULTS = {"status": 429}, {"status": 500}, "dropped", "stalled", "cut", "malformed", "empty"
+
+
+def test_a_faulty_server_loses_no_answer_and_doubles_none(fake, tmp_path, monkeypatch):
+    """Every prompt meets two of the faults before it is answered."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    flags = [*DEMO, *faulty.flag, "--mode", "thinking", "--limit", "14", "--num-samples", "2", "--concurrency", "16"]
-    assert inference.main([*flags, "--output", str(tmp_path / "a.jsonl")]) == 0
+    monkeypatch.setattr(server_module, "REPLY_SECONDS", 1)
+    monkeypatch.setattr(server_module, "WAIT_SECONDS", 0.01)
+    fake.fault = lambda number, tries, body: [FAULTS[number % 7], FAULTS[(number // 2 + 3) % 7], None][
+        min(tries, 3) - 1
+    ]
+    flags = "--mode", "thinking", "--limit", 14, "--num-samples", 2, "--concurrency", 16
+    assert ask(fake, tmp_path / "a.jsonl", *flags) == 0
     lines = rows(tmp_path / "a.jsonl")
     assert [(row["id"], row["sample"]) for row in lines] == [(i, sample) for i in range(14) for sample in range(2)]
-    assert len(faulty.answered) == 28 and len({row["model_output"] for row in lines}) == 28
-    assert all((row["finish_reason"], row["prompt_tokens"], row["output_tokens"]) == ("stop", 7, 5) for row in lines)
-    key, body = faulty.requests[0]
+    assert len(fake.answered) == len(set(fake.answered)) == 28 and len({row["model_output"] for row in lines}) == 28
+    assert all((row["finish_reason"], row["output_tokens"]) == ("stop", 5) for row in lines)
+    key, body = fake.requests[0]
     assert key == "Bearer sk-very-secret"
     assert (body["model"], body["temperature"], body["top_p"], body["top_k"]) == ("demo/model", 0.6, 0.95, 20)
     assert not any(b"secret" in path.read_bytes() for path in tmp_path.iterdir())
@@ -121,32 +166,207 @@ def test_a_faulty_server_loses_no_answer_and_doubles_none(faulty, tmp_path, monk
     assert "sha256 of model.safetensors" not in record["decides"]
 
 
-def test_a_stopped_run_asks_a_server_only_for_what_is_missing(faulty, tmp_path):
-    flags = [*DEMO, *faulty.flag, "--output", str(tmp_path / "a.jsonl")]
-    inference.main([*flags, "--limit", "3"])
-    before = len(faulty.requests)
-    inference.main([*flags, "--limit", "4"])
-    assert len({body["prompt"] for _, body in faulty.requests[before:]}) == 1 and len(rows(tmp_path / "a.jsonl")) == 4
+def test_a_stopped_run_asks_a_server_only_for_what_is_missing(fake, tmp_path):
+    ask(fake, tmp_path / "a.jsonl", "--limit", 3)
+    before = len(fake.requests)
+    ask(fake, tmp_path / "a.jsonl", "--limit", 4)
+    assert len(fake.requests) - before == 1 and len(rows(tmp_path / "a.jsonl")) == 4
 
 
-@pytest.mark.parametrize(
-    ("always", "told"),
-    [("404", "answers 404 to question 0"), ("401", "answers 401"), ("empty", "lack text, finish_reason or usage")],
-)
-def test_a_server_that_cannot_answer_is_told_in_one_line(faulty, always, told, tmp_path, monkeypatch, capsys):
-    faulty.always = always
-    monkeypatch.setattr(server_module, "SERVER_RETRIES", 1)
-    with pytest.raises(SystemExit, match="2"):
-        inference.main([*DEMO, *faulty.flag, "--limit", "1", "--output", str(tmp_path / "a.jsonl")])
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(errors) == 1 and told in errors[0]
+NOT_WHOLE = "gives no whole reply to question 0: "
+BAD_REPLIES = {
+    "key refused": ({"status": 401}, "answers 401 to question 0: Error code: 401"),
+    "model unknown": ({"status": 404}, "answers 404 to question 0"),
+    "too long": ({"status": 400}, "answers 400 to question 0"),
+    "always busy": ({"status": 503}, "answers 503 to question 0"),
+    "an object without anything": ("empty", NOT_WHOLE + "it must hold one choice and holds none"),
+    "two choices": ({"reply": {"choices": [{}, {}]}}, NOT_WHOLE + "it must hold one choice and holds 2"),
+    "broken JSON": ("malformed", NOT_WHOLE + "it is not JSON"),
+    "a web page": ("page", NOT_WHOLE + "it is not JSON"),
+    "cut": ("cut", "gives no answer to question 0: peer closed connection"),
+    "dropped": ("dropped", "gives no answer to question 0: Server disconnected"),
+    "no text": ({"choice": {"text": None}}, NOT_WHOLE + "its choice has no text"),
+    "filtered": ({"choice": {"finish_reason": "content_filter"}}, "must be stop or length and is 'content_filter'"),
+    "no counts": ({"reply": {"usage": None}}, NOT_WHOLE + "it has no usage"),
+    "a count that is text": ({"usage": {"prompt_tokens": "7"}}, NOT_WHOLE + "it has no usage"),
+    "a count that is true": ({"usage": {"completion_tokens": True}}, NOT_WHOLE + "it has no usage"),
+    "more tokens than asked for": ({"usage": {"completion_tokens": 513}}, "and 513 new ones, of at most 512"),
+    "fewer tokens than none": ({"usage": {"completion_tokens": -1}}, "and -1 new ones"),
+    "a text of no tokens": ({"usage": {"completion_tokens": 0}}, "and 0 new ones"),
+    "an empty prompt": ({"usage": {"prompt_tokens": 0}}, "it counts 0 prompt tokens"),
+    "another prompt": ({"usage": {"prompt_tokens": 3}}, "reads 3 tokens in the prompt of question 0, which has"),
+    "sent on elsewhere": (
+        {"status": 307, "headers": {"location": "http://localhost:9/v1"}},
+        "sends the request on to http://localhost, which is not followed",
+    ),
+    "a reply without end": ("dripping", "gives no answer to question 0: no whole reply in time"),
+    "no reply": ("stalled", "gives no answer to question 0: no whole reply in time"),
+}
 
 
-def test_no_server_there_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(server_module, "SERVER_RETRIES", 0)
-    with pytest.raises(SystemExit, match="2"):
-        inference.main([*DEMO, "--server", "http://127.0.0.1:9", "--limit", "1", "--output", str(tmp_path / "a.jsonl")])
-    assert "gives no answer to question 0: Connection error" in capsys.readouterr().err
+@pytest.mark.parametrize(("fault", "told"), BAD_REPLIES.values(), ids=BAD_REPLIES)
+def test_a_server_that_cannot_answer_is_told_with_the_cause(fault, told, fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(server_module, "TRIES", 1)
+    monkeypatch.setattr(server_module, "REPLY_SECONDS", 1)
+    fake.fault = lambda *_: fault
+    line = refusal(capsys, ask, fake, tmp_path / "a.jsonl", "--limit", 1)
+    assert told in line and "--server http://127.0.0.1" in line
+
+
+def test_a_redirect_on_the_same_host_is_followed(fake, tmp_path):
+    there = {"status": 307, "headers": {"location": f"{fake.url}/elsewhere/v1/completions"}}
+    fake.fault = lambda number, tries, body: there if tries == 1 else None
+    assert ask(fake, tmp_path / "a.jsonl", "--limit", 1) == 0
+
+
+@pytest.mark.parametrize("key", ["sk-one\nX-Header: two", "sk-one\r", "sk-\u00e9t\u00e9", "sk one"], ids=ascii)
+def test_a_key_that_cannot_be_is_told_and_not_shown(key, fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    line = refusal(capsys, ask, fake, tmp_path / "a.jsonl", "--limit", 1)
+    assert "OPENAI_API_KEY: character" in line and "sk" not in line.replace("ask", "") and not fake.requests
+
+
+def test_a_server_without_encryption_asked_for_it_is_told(fake, tmp_path, capsys):
+    address = ["--server", fake.url.replace("http:", "https:"), "--output", str(tmp_path / "a.jsonl")]
+    line = refusal(capsys, inference.main, [*DEMO, *address, "--limit", "1"])
+    assert "its certificate or encryption is not accepted: [SSL" in line and "SSL_CERT_FILE" in line
+
+
+def test_a_port_where_nothing_listens_is_told_long_before_all_tries(tmp_path, monkeypatch, capsys):
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+        monkeypatch.setattr(server_module, "FIRST_SECONDS", server_module.FIRST_SECONDS - seconds)
+
+    monkeypatch.setattr(server_module.asyncio, "sleep", sleep)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--server", f"http://127.0.0.1:{free.getsockname()[1]}", "--output", str(tmp_path / "a.jsonl")]
+        line = refusal(capsys, inference.main, [*DEMO, *address, "--limit", "1"])
+    assert "cannot be reached: " in line and "is it running, and at this address?" in line
+    assert 3 < sum(waits) < 9
+
+
+WAITS = {  # what the headers say, and the seconds that are waited
+    "seconds": ({"retry-after": "12"}, 12),
+    "a part of one": ({"retry-after-ms": "250"}, 0.25),
+    "an hour": ({"retry-after": "3600"}, 30),
+    "forever": ({"retry-after": "inf"}, 30),
+    "the past": ({"retry-after": "-5"}, 0),
+    "a date that is past": ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+    "a date far away": ({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT"}, 30),
+    "a word": ({"retry-after": "soon"}, 4.5),
+    "no number": ({"retry-after": "nan"}, 4.5),
+    "nothing": ({}, 4.5),
+}
+
+
+@pytest.mark.parametrize(("headers", "seconds"), WAITS.values(), ids=WAITS)
+def test_a_server_can_ask_to_wait_up_to_a_bound(headers, seconds):
+    assert server_module.asked_wait(headers, otherwise=4.5) == seconds
+
+
+STALL = 60  # seconds, of a server that stalls: what ends before is not held up by it
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stop_does_not_wait_for_a_server_that_stalls(number, fake, tmp_path, monkeypatch, capsys):
+    fake.fault = lambda place, tries, body: "stalled" if place > 2 else None
+    append, begun = runs.RunOutput.append, time.monotonic()
+
+    def stop_after_three(self, answer):
+        append(self, answer)
+        if len(self.answers.places) == 3:
+            threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+
+    monkeypatch.setattr(runs.RunOutput, "append", stop_after_three)
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        ask(fake, tmp_path / "a.jsonl", "--limit", 20)
+    assert time.monotonic() - begun < STALL / 2
+    told = capsys.readouterr()
+    assert "3 answers are on disk" in told.out and "Traceback" not in told.err
+    assert len(rows(tmp_path / "a.jsonl.part")) == 3
+
+
+def test_an_error_that_stays_is_told_although_others_stall(fake, tmp_path, capsys):
+    fake.fault = lambda place, tries, body: [None, {"status": 401}, "stalled"][min(place, 2)]
+    begun = time.monotonic()
+    assert "answers 401" in refusal(capsys, ask, fake, tmp_path / "a.jsonl", "--limit", 20)
+    assert time.monotonic() - begun < STALL / 2
+    assert len(rows(tmp_path / "a.jsonl.part")) == 1  # what was answered is kept
+
+
+def takes(ids=True, extended=True):
+    """A server that refuses token ids, or parameters beyond the API."""
+
+    def fault(number, tries, body):
+        if isinstance(body["prompt"], list) and ids is not True:
+            return {"usage": {"prompt_tokens": 1}} if ids == "as a list of prompts" else {"status": 400}
+        if {"top_k", "stop_token_ids"} & set(body) and not extended:
+            return {"status": 422}
+        return None
+
+    return fault
+
+
+@pytest.mark.parametrize("extended", [True, False])
+@pytest.mark.parametrize("ids", [True, False, "as a list of prompts"])
+def test_a_prompt_goes_as_token_ids_where_the_server_takes_them(ids, extended, fake, tokenizer, tmp_path, capsys):
+    fake.fault, fake.probes = takes(ids, extended), True
+    ask(fake, tmp_path / "a.jsonl", "--limit", 3)
+    body = fake.requests[-1][1]
+    assert isinstance(body["prompt"], list) == (ids is True)
+    assert ("note: " in capsys.readouterr().out) == (ids is not True)
+    assert "<|im_end|>" in body["stop"]
+    assert ("stop_token_ids" in body) == extended
+
+
+def test_a_server_that_adds_a_token_to_the_prompt_is_refused(fake, tokenizer, tmp_path, capsys):
+    def second_bos(number, tries, body):
+        if isinstance(body["prompt"], list):
+            return {"status": 400}
+        return {"usage": {"prompt_tokens": len(tokenizer(body["prompt"])["input_ids"]) + 1}}
+
+    fake.fault, fake.probes = second_bos, True
+    line = refusal(capsys, ask, fake, tmp_path / "a.jsonl", "--limit", 2)
+    assert re.search(r"reads (\d+) tokens in the prompt of question [01], which has (\d+)", line)
+    assert "or a server that takes token ids" in line
+
+
+def test_top_k_is_not_left_out_in_silence(fake, tmp_path, capsys):
+    fake.fault, fake.probes = takes(extended=False), True
+    line = refusal(capsys, ask, fake, tmp_path / "a.jsonl", "--limit", 1, "--do-sample")
+    assert "takes no top_k; pass --top-k 0" in line
+    assert ask(fake, tmp_path / "b.jsonl", "--limit", 1, "--do-sample", "--top-k", 0) == 0
+
+
+THOUGHTS = {  # the first reply, whether it is gone on behind, and whether the thought is closed first
+    "open at its budget": ({"text": "Let me see", "finish_reason": "length"}, True, True),
+    "open, with its token ids": ({"text": "Let me", "token_ids": [7] * 6, "finish_reason": "length"}, True, True),
+    "closed before": ({"text": "Easy.\n</think>\n\nThe", "finish_reason": "length"}, True, False),
+    "done before": ({"text": "Easy.\n</think>\n\n#### 4", "finish_reason": "stop"}, False, False),
+}
+
+
+@pytest.mark.parametrize(("first", "goes_on", "closed"), THOUGHTS.values(), ids=THOUGHTS)
+def test_a_thinking_budget_is_kept_by_a_second_request(first, goes_on, closed, fake, tokenizer, tmp_path):
+    used = {"completion_tokens": 6 if first["finish_reason"] == "length" else 4}
+    fake.fault = lambda number, tries, body: (
+        {"choice": first, "usage": used} if body["max_tokens"] == 6 else {"choice": {"text": " 4"}}
+    )
+    ask(fake, tmp_path / "a.jsonl", "--limit", 1, "--mode", "chatml_think_prefill", "--think-budget", 6)
+    (row,) = rows(tmp_path / "a.jsonl")
+    early_stop = tokenizer(common.EARLY_STOP)["input_ids"] if closed else []
+    text = first["text"] + common.EARLY_STOP * closed
+    bodies = [body for _, body in fake.requests]
+    assert len(bodies) == 1 + goes_on and row["forced"] == closed
+    assert row["model_output"] == text + " 4" * goes_on
+    if goes_on:
+        thought = first.get("token_ids") or tokenizer(first["text"])["input_ids"]
+        assert bodies[1]["prompt"] == bodies[0]["prompt"] + thought + early_stop
+        assert bodies[1]["max_tokens"] == 6 + inference.ANSWER_TOKENS - 6 - len(early_stop)
+        assert row["output_tokens"] == 6 + len(early_stop) + 5
 
 
 @pytest.mark.parametrize(
@@ -155,10 +375,6 @@ def test_no_server_there_is_one_line(tmp_path, monkeypatch, capsys):
         (["--server", "localhost:8000"], "must be an address such as http://localhost:8000"),
         (["--server", "http://me:key@localhost"], "holds a key"),
         (["--server", "http://localhost", "--dtype", "bf16"], "--dtype: cannot be combined with --server"),
-        (
-            ["--server", "http://localhost", "--mode", "thinking", "--think-budget", "9"],
-            "--think-budget: cannot be combined with --server",
-        ),
         (["--concurrency", "4"], "--concurrency: needs --server"),
         (["--tokenizer", "demo/model"], "--tokenizer: needs --server"),
     ],
@@ -173,7 +389,7 @@ def test_without_the_client_its_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(SystemExit, match="2"):
         inference.main([*DEMO, "--server", "http://localhost:1", "--limit", "1", "--output", str(tmp_path / "a.jsonl")])
-    assert "pip install openai" in capsys.readouterr().err
+    assert "pip install -r requirements-optional.txt" in capsys.readouterr().err
 
 
 def test_transformers_serve_gives_the_greedy_answers_of_the_local_model(tmp_path):
