@@ -11,13 +11,13 @@ import torch
 import transformers
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import data
 import generation
 from common import MODES, Decoding, UserError, build_prompt
-from generation import Limits, Request, generate
-from sampling import choose_tokens, counter_hash, sample_tokens
+from generation import Cohort, Limits, Request, Scheduler, Sequence, generate
+from sampling import choose_tokens, counter_hash, has_fp64, sample_tokens
 
 VOCABULARY = 211  # below the demo tokenizer's end tokens, so that random models run to their limit
 SHAPE = {
@@ -403,6 +403,108 @@ def test_of_equal_logits_the_lower_token_id_ranks_first():
     assert set(drawn.tolist()) == {1, 2}
     tied = torch.full((1, 300), 2.0, dtype=torch.bfloat16)
     assert choose_tokens(tied, [None], Decoding()) == [0]
+
+
+class WithoutFp64(torch.Tensor):
+    """A tensor of a pretended Apple GPU: it computes on the CPU, and refuses fp64 as that GPU does."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device="mps")
+
+    def __init__(self, held):
+        self.held = held
+
+    def tolist(self):
+        return self.held.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, kernel, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda item: item.held, (args, kwargs or {}))
+        result = kernel(*args, **kwargs)
+        if torch.device("cpu") in (*args, kwargs.get("device")):
+            return result
+        if any(item.dtype == torch.float64 for item in tree_leaves(result) if isinstance(item, torch.Tensor)):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return tree_map_only(torch.Tensor, cls, result)
+
+
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(True, 0.6, 0.95, 20, seed=5), Decoding(True, 1.0, 1.0, 0)])
+def test_a_device_without_fp64_draws_what_a_cpu_draws(decoding):
+    logits = torch.randn(50, 97, generator=torch.Generator().manual_seed(2)) * 3
+    sequences = [Sequence(Request(i, i % 3, [1], 9), [4] * (i % 7)) for i in range(50)]
+    with pytest.raises(TypeError, match="float64"):
+        WithoutFp64(logits).double()
+    assert has_fp64(torch.device("cpu")) and not has_fp64(torch.device("mps"))
+    assert choose_tokens(WithoutFp64(logits), sequences, decoding) == choose_tokens(logits, sequences, decoding)
+
+
+def fake_bmm(a, b, out_dtype=None, wrong=0):
+    return a.to(out_dtype) @ b.to(out_dtype) + wrong
+
+
+@pytest.mark.parametrize(
+    ("bmm", "told"),
+    [
+        (fake_bmm, None),
+        (functools.partial(fake_bmm, wrong=1), "gives other numbers"),
+        (torch.bmm, "fails here"),  # the real one, which a CPU does not have
+    ],
+)
+def test_the_fp32_product_of_16_bit_numbers_is_tried_before_it_is_used(bmm, told, monkeypatch):
+    monkeypatch.setattr(torch, "bmm", bmm)
+    fault = generation.fp32_bmm_fault.__wrapped__(torch.device("cpu"), torch.bfloat16)
+    assert fault is None if told is None else told in fault
+
+
+def test_where_the_fp32_product_fails_a_line_says_so():
+    notes = []
+    product = generation.choose_product(torch.device("meta"), torch.bfloat16, notes.append)
+    assert (
+        product is generation.converted_product and len(notes) == 1 and "converted to fp32, which is slower" in notes[0]
+    )
+    for device, dtype in (("cpu", torch.bfloat16), ("meta", torch.float32)):
+        assert generation.choose_product(torch.device(device), dtype, notes.append) is generation.plain_product
+    assert len(notes) == 1
+
+
+def test_both_products_for_gpus_give_the_same_tokens(tokenizer, monkeypatch):
+    """Scores in fp32 beside 16-bit weights, keys and values, as on a GPU."""
+    model, requests, done = random_model().bfloat16(), random_requests(6), []
+    monkeypatch.setattr(torch, "bmm", fake_bmm)
+    for product in (generation.converted_product, generation.fp32_product):
+        monkeypatch.setattr(generation, "choose_product", lambda *device, product=product: product)
+        done.append(tokens_of(model, tokenizer, requests))
+    assert done[0] == done[1]
+
+
+def waiting(*lengths, prefix=0, budget=10**6, max_sequences=100, most=80, **limits):
+    sequences = [Sequence(Request(i, 0, [0] * length, most), []) for i, length in enumerate(lengths)]
+    return Scheduler(sequences, prefix, budget, max_sequences, Limits(**limits))
+
+
+def test_the_scheduler_takes_sequences_of_similar_length_together_the_longest_first():
+    scheduler = waiting(10, 50, 100, 76, 74, 90, small_cohort=1)
+    assert [len(one) for one in scheduler.take(6)] == [100, 90, 76]
+    assert [len(one) for one in scheduler.take(3)] == [74]
+    assert [len(one) for one in waiting(100, 10, 20, small_cohort=32).take(3)] == [100, 20, 10]
+
+
+def test_the_scheduler_admits_what_memory_holds_with_half_of_an_answer_each():
+    limits = {"prefix": 20, "spare_columns": 8, "most": 80}
+    columns = 16 + 8 + 16 // 8  # of the prompt, and to spare
+    assert waiting(*[36] * 40, budget=660, **limits).num_to_admit([]) == 660 // (columns + 80 // 2)
+    assert waiting(*[36] * 40, budget=1, **limits).num_to_admit([]) == 1  # one goes on, whatever it takes
+    scheduler = waiting(*[36] * 40, budget=660, **limits)
+    scheduler.finished, scheduler.produced = 32, 320  # answers turn out to have 10 tokens
+    assert scheduler.num_to_admit([]) == 660 // (columns + 10 // 2)
+
+
+def test_the_scheduler_lets_few_join_only_where_no_sequence_is_live():
+    live = Cohort([Sequence(Request(100 + i, 0, [0] * 36, 80), []) for i in range(76)], 76, 40, 36)
+    assert waiting(*[36] * 90, max_sequences=80).num_to_admit([live]) == 0
+    assert waiting(*[36] * 90, max_sequences=90).num_to_admit([live]) == 14
+    assert waiting(*[36] * 4, max_sequences=4).num_to_admit([]) == 4
 
 
 def test_the_hash_is_splitmix64():
