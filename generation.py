@@ -88,7 +88,7 @@ class Completion:
     sample: int
     token_ids: list[int]
     text: str
-    finish_reason: str  # "stop" at an end token, "length" at the request's limit
+    finish_reason: str  # "stop" at an end token or a stop text, "length" at the request's limit
     prompt_tokens: int
     output_tokens: int
     forced: bool = False  # the thought was closed because its budget was spent
@@ -130,6 +130,7 @@ def generate(
     batch_size: int | str = "auto",
     note: Callable[[str], None] = log,
     limits: Limits | None = None,
+    stop_texts: Collection[str] = (),
 ) -> Iterator[Completion]:
     """Complete every request; yield each Completion as it ends, in the order they end.
 
@@ -138,7 +139,7 @@ def generate(
     replaced while the generator lives: do not call the model between two completions.
 
     batch_size: "auto" or the most sequences at once. note: gets a line for each automatic choice.
-    limits: by default those of the model's kind of device.
+    limits: by default those of the model's kind of device. stop_texts: a completion ends before the first of them.
     Raises UserError for a model whose attention cannot be replaced, for NaN logits, and where
     memory is too small for one sequence.
     """
@@ -146,16 +147,20 @@ def generate(
         return
     limits = limits or LIMITS.get(model.device.type, Limits())
     stop_ids, hidden_ids = stop_token_ids(model, tokenizer), hidden_token_ids(tokenizer)
+    has_stop_text = stop_text_finder(tokenizer, hidden_ids, stop_texts)
     cache = KVCache(choose_product(model.device, model.dtype, note))
     with attention_replaced(model, cache), named_out_of_memory():
-        for sequence in Engine(model, cache, requests, decoding, stop_ids, batch_size, limits, note).run():
+        engine = Engine(model, cache, requests, decoding, stop_ids, has_stop_text, batch_size, limits, note)
+        for sequence in engine.run():
             tokens, request = sequence.tokens, sequence.request
+            text = tokenizer.decode([token for token in tokens if token not in hidden_ids])
+            end = min((text.index(stop) for stop in stop_texts if stop in text), default=None)
             yield Completion(
                 id=request.id,
                 sample=request.sample,
                 token_ids=tokens,
-                text=tokenizer.decode([token for token in tokens if token not in hidden_ids]),
-                finish_reason="stop" if tokens[-1] in stop_ids else "length",
+                text=text[:end],
+                finish_reason="length" if end is None and tokens[-1] not in stop_ids else "stop",
                 prompt_tokens=len(request.prompt_ids),
                 output_tokens=len(tokens),
                 forced=request.budget is not None and request.budget.closed(tokens),
@@ -173,6 +178,31 @@ def hidden_token_ids(tokenizer) -> set[int]:
     """Special tokens, which are no part of the text. The think tags always are."""
     added = tokenizer.added_tokens_decoder.items()
     return {i for i, token in added if token.special and token.content not in ("<think>", "</think>")}
+
+
+def stop_text_finder(
+    tokenizer, hidden_ids: Collection[int], stop_texts: Collection[str]
+) -> Callable[[list[int]], bool]:
+    """A function of an answer's tokens: whether the last one completes a stop text.
+
+    It decodes only after a token that holds the last character of a stop text, and then no more tokens than
+    the longest has bytes, and one.
+    """
+    last_characters = {text[-1] for text in stop_texts}
+    most = 1 + max((len(text.encode()) for text in stop_texts), default=0)
+
+    @functools.cache
+    def may_complete(token: int) -> bool:
+        text = tokenizer.decode([token])
+        return not last_characters.isdisjoint(text) or "\ufffd" in text  # the latter: a part of a character
+
+    def has_stop_text(tokens: list[int]) -> bool:
+        if not stop_texts or not may_complete(tokens[-1]):
+            return False
+        text = tokenizer.decode([token for token in tokens if token not in hidden_ids][-most:])
+        return any(stop in text for stop in stop_texts)
+
+    return has_stop_text
 
 
 @contextlib.contextmanager
@@ -305,10 +335,19 @@ class Engine:
     """The live sequences, in cohorts, and the steps that they take."""
 
     def __init__(
-        self, model, cache: "KVCache", requests, decoding: Decoding, stop_ids, batch_size, limits: Limits, note
+        self,
+        model,
+        cache: "KVCache",
+        requests,
+        decoding: Decoding,
+        stop_ids: Collection[int],
+        has_stop_text: Callable[[list[int]], bool],
+        batch_size,
+        limits: Limits,
+        note,
     ):
         self.model, self.cache, self.decoding, self.limits = model, cache, decoding, limits
-        self.stop_ids, self.note = stop_ids, note
+        self.stop_ids, self.has_stop_text, self.note = stop_ids, has_stop_text, note
         self.captured = None
         if limits.captured_slots > 1:
             self.captured = CapturedSteps(
@@ -439,7 +478,7 @@ class Engine:
                 forced = request.budget.forced(tokens)
                 token = token if forced is None else forced
             tokens.append(token)
-            if token in self.stop_ids or len(tokens) >= request.max_new_tokens:
+            if token in self.stop_ids or len(tokens) >= request.max_new_tokens or self.has_stop_text(tokens):
                 ended.add(sequence)
                 self.ended.append(sequence)
         self.open -= ended

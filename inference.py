@@ -568,7 +568,7 @@ def start_generating(args, model, tokenizer, requests, prompts) -> Iterator:
             args.server, args.model_id, requests, prompts, tokenizer, args.decoding, args.concurrency, args.stop
         )
     note = tqdm.write if is_main() else lambda line: None
-    return generate(model, tokenizer, requests, args.decoding, args.batch_size, note=note)
+    return generate(model, tokenizer, requests, args.decoding, args.batch_size, note, stop_texts=args.stop)
 
 
 def write_answers(

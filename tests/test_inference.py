@@ -1,7 +1,9 @@
 """inference.py answers in every mode, writes what other tools read, and goes on where it stopped."""
 
+import datetime
 import json
 import re
+import shutil
 
 import pytest
 from conftest import ROOT
@@ -220,4 +222,157 @@ def test_where_positions_are_few_the_thought_gives_way_to_the_answer(tmp_path):
 def test_a_budget_that_cannot_be_kept_is_refused(flags, told, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "a.jsonl", "--limit", 1, *flags)
+    assert told in capsys.readouterr().err
+
+
+def test_a_stop_text_ends_the_answer_before_it_whatever_the_batch(tmp_path):
+    for size in (1, 8):
+        run(tmp_path / f"{size}.jsonl", "--limit", 8, "--stop", "####", " in all", "--batch-size", size)
+    run(tmp_path / "whole.jsonl", "--limit", 8)
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "8.jsonl").read_bytes()
+    for cut, whole in zip(rows(tmp_path / "1.jsonl"), rows(tmp_path / "whole.jsonl"), strict=True):
+        ends = [whole["model_output"].find(text) for text in ("####", " in all")]
+        assert cut["model_output"] == whole["model_output"][: min(end for end in ends if end >= 0)]
+        assert cut["finish_reason"] == "stop" and cut["output_tokens"] < whole["output_tokens"]
+    assert common.read_json(tmp_path / "1.run.json")["decides"]["stop"] == ["####", " in all"]
+    assert "stop" not in common.read_json(tmp_path / "whole.run.json")["decides"]
+
+
+def base_model(folder, **changes):
+    """The demo's model without a chat template, as base models are; `changes` go into its tokenizer's config."""
+    shutil.copytree(MODEL, folder)
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+def test_a_base_model_is_asked_in_plain_text_with_examples_of_ones_own(tmp_path, capsys):
+    model = base_model(tmp_path / "base", bos_token="<|endoftext|>")
+    worked = [{"question": "1 + 1?", "answer": "<<1+1=2>>2\n#### 2"}, {"question": "2 + 2?", "answer": "4"}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in worked))
+    few_shot = "--mode", "few_shot", "--few-shot-file", tmp_path / "mine.jsonl", "--limit", 3
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", *few_shot, model=model)
+    assert "no chat template" in (told := capsys.readouterr().err) and "--few-shot-style completion" in told
+    run(tmp_path / "a.jsonl", *few_shot, "--few-shot-style", "completion", "--max-new-tokens", 60, model=model)
+    decides = common.read_json(tmp_path / "a.run.json")["decides"]
+    assert re.fullmatch(
+        r"<\|endoftext\|>Question: 1 \+ 1\?\nAnswer: 2\n#### 2\n\nQuestion: 2 \+ 2\?\nAnswer: #### 4\n\nQuestion: .*\nAnswer:",
+        decides["prompt"],
+    )
+    assert (decides["few_shot_k"], decides["few_shot_style"], decides["stop"]) == (2, "completion", ["Question:"])
+    assert not any("Question:" in row["model_output"] for row in rows(tmp_path / "a.jsonl"))
+
+
+def test_a_data_set_without_a_train_split_takes_examples_from_a_file(tmp_path, capsys):
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"question": "3 + 3?", "answer": 6}) + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", "--mode", "few_shot", dataset=str(one))
+    assert "--few-shot-file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["cot", "chatml_think_prefill"])
+def test_a_prompt_too_long_gets_an_empty_answer_and_the_rest_goes_on(mode, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    texts = ["1 + 1?", "eggs " * 5000, "2 + 2?"]
+    data.write_text("".join(json.dumps({"question": text, "answer": 2}) + "\n" for text in texts))
+    run(tmp_path / "a.jsonl", "--mode", mode, "--max-new-tokens", 30, dataset=str(data))
+    assert "note: 1 prompts leave no room to answer in the model's 2048 positions" in capsys.readouterr().out
+    first, long, last = rows(tmp_path / "a.jsonl")
+    assert (long["model_output"], long["finish_reason"], long["output_tokens"]) == ("", "prompt_too_long", 0)
+    assert long["prompt_tokens"] > 2048 and first["model_output"] and last["model_output"]
+    run(tmp_path / "a.jsonl", "--mode", mode, "--max-new-tokens", 30, dataset=str(data))
+    assert "finished already, 3 answers" in capsys.readouterr().out
+
+
+def test_references_that_cannot_be_scored_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "?", "answer": 1}\n{"question": "?", "answer": "eighteen"}\n')
+    monkeypatch.setattr(model_module, "load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", dataset=str(data))
+    err = capsys.readouterr().err
+    assert "test question 1" in err and "eighteen" in err and "--answer-column" in err
+
+
+def test_columns_of_the_data_set_are_copied_into_the_answers(tmp_path, capsys):
+    run(tmp_path / "a.jsonl", "--limit", 3, "--max-new-tokens", 5, "--keep-columns", "template", "numbers")
+    problems = rows(ROOT / "demo/problems/test.jsonl")[:3]
+    assert [(row["template"], row["numbers"]) for row in rows(tmp_path / "a.jsonl")] == [
+        (item["template"], item["numbers"]) for item in problems
+    ]
+    assert list(rows(tmp_path / "a.jsonl")[0]) == [*KEYS, "template", "numbers"]
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "b.jsonl", "--keep-columns", "question")
+    assert "--keep-columns question" in capsys.readouterr().err
+
+
+DATED = "Today is {{ strftime_now('%d %b %Y') }}.\n{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+
+
+def test_a_run_with_a_dated_template_goes_on_on_another_day(tmp_path, capsys):
+    model = base_model(tmp_path / "dated")
+    (tmp_path / "dated/chat_template.jinja").write_text(DATED)
+    run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 5, model=model)
+    record = common.read_json(tmp_path / "a.run.json")
+    assert datetime.date.today().strftime("Today is %d %b %Y.") in record["decides"]["prompt"]
+    # As a run that began on another day left it, here and by a version that kept no such time.
+    for kept in ({"template_time": "2025-02-03T23:59:59"}, {"started": "2025-02-03T12:00:00+00:00"}):
+        old = json.loads(json.dumps(record))
+        old["decides"]["prompt"] = re.sub("Today is [^.]*", "Today is 03 Feb 2025", old["decides"]["prompt"])
+        del old["segments"][0]["template_time"]
+        old["segments"][0] |= kept
+        (tmp_path / "a.run.json").write_text(json.dumps(old))
+        run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 5, model=model)
+        assert "finished already, 2 answers" in capsys.readouterr().out
+        run(tmp_path / "a.jsonl", "--limit", 2, "--max-new-tokens", 5, "--print-prompts", 1, model=model)
+        assert "Today is 03 Feb 2025." in capsys.readouterr().out
+
+
+def test_settings_of_a_generation_config_that_are_not_applied_are_noted_and_recorded(tmp_path, capsys):
+    shutil.copytree(MODEL, tmp_path / "model")
+    path = tmp_path / "model/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.1, "num_beams": 1}))
+    run(tmp_path / "a.jsonl", "--limit", 1, "--max-new-tokens", 5, model=str(tmp_path / "model"))
+    assert "asks for repetition_penalty 1.1, which is not applied" in capsys.readouterr().out
+    segment = common.read_json(tmp_path / "a.run.json")["segments"][0]
+    assert segment["generation_config_ignored"] == {"repetition_penalty": 1.1}
+
+
+def test_a_template_without_a_system_turn_is_noted_and_recorded(tmp_path, capsys):
+    model = base_model(tmp_path / "model")
+    template = "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    (tmp_path / "model/chat_template.jinja").write_text(template)
+    run(tmp_path / "a.jsonl", "--limit", 1, "--max-new-tokens", 5, model=model)
+    assert capsys.readouterr().out.count("no system turn; the instruction stands before the question") == 1
+    decides = common.read_json(tmp_path / "a.run.json")["decides"]
+    assert decides["instruction"] == "before the question"
+    assert decides["prompt"].startswith(f"[user] {common.COT_INSTRUCTION}\n\n")
+
+
+def test_the_records_of_the_demo_are_still_those_of_a_finished_run(tmp_path, capsys):
+    for mode in common.MODES:
+        for ending in ("jsonl", "run.json"):
+            shutil.copy(ROOT / f"results/demo/{mode}.{ending}", tmp_path)
+        flags = () if mode in ("zero_shot", "cot", "few_shot") else ("--max-new-tokens", 512)
+        run(tmp_path / f"{mode}.jsonl", "--mode", mode, *flags, model="demo/model", dataset="demo/problems")
+        assert "finished already, 800 answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--few-shot-file", "x.jsonl"), "--few-shot-file: needs --mode few_shot"),
+        (("--few-shot-style", "turns"), "--few-shot-style: needs --mode few_shot"),
+        (("--few-shot-style", "completion", "--mode", "thinking"), "cannot be combined with --mode thinking"),
+        (("--stop", ""), "--stop ''"),
+        (("--mode", "few_shot", "--few-shot-file", "none.jsonl"), "none.jsonl: cannot be read"),
+        (("--temperature", "0.5"), "decoding is greedy"),
+    ],
+)
+def test_flags_that_do_nothing_or_contradict_are_refused(flags, told, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", *flags)
     assert told in capsys.readouterr().err
