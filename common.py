@@ -4,14 +4,15 @@ Where the other subjects are:
 
     data.py         questions from folders, files and the hub
     model.py        a model's files: find, load, merge; device, dtype, memory
-    generation.py   requests, choosing tokens, the rolling batch
-    runs.py         a run's files and record: locking, --overwrite, --resume
+    generation.py   requests and the rolling batch; sampling.py the next token, graphs.py CUDA graphs
     server.py       the client of a completions server
+    runs.py         a run's files and record: locking, --overwrite, --resume
     reading.py      how an answer is read and graded
-    scores.py       files of answers: intervals, votes, comparison, published figures
-    report.py       tables, notes, pictures, the page
-    reproduce.py    the experiments and what they cost, one command for all
-    trainer.py      the trainer: loss, order of the examples, evaluation, signals
+    answers.py      files of answers, line by line
+    scores.py       scored files: intervals, votes, comparison, published figures
+    report.py       tables, notes, the page; pictures.py the pictures
+    trainer.py      the trainers: loss, order of the examples, evaluation, signals; checkpoints.py their checkpoints
+    reproduce.py    the experiments, one command for all; costs.py what they cost
 
 This module imports neither torch nor transformers, so that `--help` and `benchmark.py` start at once.
 """

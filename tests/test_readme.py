@@ -1,58 +1,36 @@
 """The README's tables are what its commands print."""
 
-import json
 import re
 
 import pytest
 from conftest import ROOT
 
-import benchmark
 import common
 import data
+from bench import readme
 
 README = (ROOT / "README.md").read_text()
 DEMO_RUNS = [str(ROOT / f"results/demo/{mode}.jsonl") for mode in common.MODES]
 
 
-def block(mark):
-    """What stands between the comment that begins with `mark` and the next `<!-- end -->`."""
-    return re.search(rf"<!-- {re.escape(mark)}[^\n]*-->\n(.*?)\n?<!-- end -->", README, re.DOTALL)[1]
+@pytest.mark.parametrize("block", list(readme.BLOCK.finditer(README)), ids=lambda block: block[2][:60])
+def test_every_table_is_what_its_command_prints(block, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert block[0] == f"{block[1]}{readme.made(block[2])}\n{block[3]}", "python bench/readme.py makes it anew"
 
 
-def test_the_demo_table_is_what_benchmark_prints(capsys):
-    benchmark.main([*DEMO_RUNS, "--markdown"])
-    assert block("python benchmark.py") == capsys.readouterr().out.strip()
+def test_no_figure_stands_in_a_table_that_no_command_prints():
+    outside = readme.BLOCK.sub("", README)
+    assert len(readme.BLOCK.findall(README)) >= 7
+    assert not re.search(r"^\|.*\d\.\d+ (%|\[)", outside, re.MULTILINE) and not re.search(r"\d\d?\.\d+ ?%", outside)
 
 
-def test_the_published_table_holds_the_published_facts_and_the_demos_measurements(capsys):
-    rows = common.read_json(ROOT / "results/published.json")["rows"]
-    benchmark.main([*(str(ROOT / f"results/demo/model/{name}.jsonl.gz") for name in rows), "--json"])
-    measured = [run["accuracy_published"] for run in json.loads(capsys.readouterr().out)]
-    lines = [
-        f"| `{name}` | {row['protocol']['mode']} | {cell(row['published'])} | {cell(row['file'])} | {cell(demo)} |"
-        for (name, row), demo in zip(rows.items(), measured, strict=True)
-    ]
-    header = ["| run | mode | published % | from its file % | demo % |", "| --- | --- | ---: | ---: | ---: |"]
-    assert block("published and demo").splitlines() == header + lines
-
-
-def cell(value):
-    return "" if value is None else f"{value:.2f}"
-
-
-def test_what_the_readme_says_of_own_answers_was_measured(capsys):
-    paths = ROOT.glob("results/demo/model/own-answers-seed*.jsonl.gz")
-    base = ROOT / "results/demo/model/thinking-4096.jsonl.gz"
-    benchmark.main([*map(str, sorted(paths)), str(base), "--pool-seeds", "--compare", "--json"])
-    own, base = json.loads(capsys.readouterr().out)
-    ((low, high), difference) = own["compared"][0]["interval"], own["compared"][0]["difference"]
-    told = f"from {base['accuracy']:.1f} to {own['accuracy']:.1f} % ({difference:+.1f} points, 95 % interval {low:.1f} to {high:.1f}"
-    assert told in " ".join(README.split())
-
-
-def test_the_scoring_table_is_the_one_of_its_page():
-    page = (ROOT / "results/scoring.md").read_text()
-    assert block("scoring") == re.search(r"\| file \| final answer.*?(?=\n\n)", page, re.DOTALL)[0]
+def test_words_are_expanded_as_in_a_shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a-1.x", "a-2.x", "b.x"):
+        (tmp_path / name).touch()
+    assert readme.expanded("{a,b}/{c,d}") == ["a/c", "a/d", "b/c", "b/d"]
+    assert readme.expanded("a-*.x") == ["a-1.x", "a-2.x"] and readme.expanded("--compare") == ["--compare"]
 
 
 @pytest.mark.parametrize("path", DEMO_RUNS)
@@ -66,13 +44,19 @@ def test_the_committed_runs_are_of_the_committed_demo(path):
 def test_every_file_that_the_readme_names_exists():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+    for name in set(re.findall(r"`([a-z_]+\.(?:py|html))`", README)):
+        assert (ROOT / name).exists(), name
 
 
-def test_what_the_readme_says_of_the_demos_training_is_in_its_table():
-    table = (ROOT / "results/demo/training.txt").read_text()
-    told = " ".join(README.split())
-    best = {"full": ("full", "1e-2"), "lora-r4": ("rank 4", "3e-2"), "lora-r32": ("rank 32", "1e-2")}
-    for run, (words, rate) in best.items():
-        accuracy = re.search(rf"^{run}_best +800 +([0-9.]+)", table, re.MULTILINE)[1]
-        assert f"{float(accuracy):.1f} % ({words})" in told
-        assert re.search(rf"^{run}  +{rate} .* best$", table, re.MULTILINE)
+def test_every_script_of_the_project_is_told_of():
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"`([a-z_]+\.py)`", README))
+
+
+def test_every_command_of_the_readme_is_one_that_its_script_takes():
+    """Flags that a script dropped would stand on in the page."""
+    for script, words in re.findall(
+        r"^(?:accelerate launch --num_processes 8|python) (\w+\.py)(.*)$", README, re.MULTILINE
+    ):
+        helps = (ROOT / script).read_text() + (ROOT / "train.py").read_text()
+        for flag in re.findall(r"--[a-z-]+", words.partition("#")[0]):
+            assert f'"{flag}"' in helps, (script, flag)
