@@ -39,8 +39,8 @@ demo: .venv/installed
 	$(DEMO) --mode few_shot --output outputs/demo/few_shot.jsonl
 	$(DEMO) --mode thinking --max-new-tokens 512 --output outputs/demo/thinking.jsonl
 	$(DEMO) --mode chatml_think_prefill --max-new-tokens 512 --output outputs/demo/chatml_think_prefill.jsonl
-	$(PY) benchmark.py $(DEMO_FILES) --plot outputs/demo/modes.png --html outputs/demo/answers.html
-	@echo "To read the answers, open outputs/demo/answers.html in a browser."
+	$(PY) benchmark.py $(DEMO_FILES) --cluster template --cluster-from demo/problems --compare \
+		--plot outputs/demo/modes.png --html outputs/demo/answers.html
 
 test: .venv/installed-tests
 	$(RUFF) check .

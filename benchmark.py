@@ -27,8 +27,8 @@ import sys
 from pathlib import Path
 
 from answers import FORMAT, Format, read_rows, same_text
-from common import PUBLISHED_KEYS, ArgumentParser, UserError, command_line, read_jsonl, write_atomically
-from data import load_question_file, load_questions
+from common import PUBLISHED_KEYS, ArgumentParser, UserError, command_line, write_atomically
+from data import Columns, load_questions
 from pictures import plot
 from report import print_wrong, report, summary, write_page
 from scores import compare_runs, load_published, name_runs, pool_seeds, read_again, read_record, score_run
@@ -149,11 +149,11 @@ def file_format(options):
     golds, clusters = None, {}
     splits = {(read_record(path) or {"decides": {}})["decides"].get("split") or "test" for path in options.files}
     if options.gold:
-        golds = {same_text(question.question): question.answer for question in load_golds(options.gold, splits)}
+        questions = load_other("--gold", options.gold, splits)
+        golds = {same_text(question.question): question.answer for question in questions}
     if options.cluster_from:
-        for path in local_files(options.cluster_from, splits):
-            for _, line in read_jsonl(path, ("question", options.cluster)):
-                clusters[same_text(line["question"])] = line[options.cluster]
+        questions = load_other("--cluster-from", options.cluster_from, splits, Columns(keep=(options.cluster,)))
+        clusters = {same_text(question.question): question.kept[options.cluster] for question in questions}
     return Format(
         options.question_column,
         options.answer_column,
@@ -166,20 +166,12 @@ def file_format(options):
     )
 
 
-def load_golds(dataset, splits):
-    """The questions of a file, or of a data set's splits that the files were made from."""
-    if Path(dataset).is_file():
-        return load_question_file(Path(dataset))
+def load_other(flag, dataset, splits, columns=Columns()):
+    """The questions of a data set that a flag names, of the splits that the files were made from."""
     try:
-        return [question for split in sorted(splits) for question in load_questions(dataset, split)]
+        return [question for split in sorted(splits) for question in load_questions(dataset, split, columns=columns)]
     except UserError as error:
-        raise UserError(str(error).replace("--dataset", "--gold")) from error
-
-
-def local_files(dataset, splits):
-    """The file that --cluster-from names, or those of a folder's splits."""
-    path = Path(dataset)
-    return [path] if path.is_file() else [path / f"{split}.jsonl" for split in sorted(splits)]
+        raise UserError(str(error).replace("--dataset", flag)) from error
 
 
 def keep_correct(runs, format, path, most):

@@ -62,7 +62,7 @@ from data import (
     load_questions,
     refuse_unscorable,
 )
-from runs import RunOutput, describe_run
+from runs import RunOutput, describe_run, training_of
 
 THINKING_MODES = tuple(name for name, mode in MODES.items() if mode.thinks)
 ANSWER_TOKENS = (
@@ -420,6 +420,7 @@ def describe_command(args, files, template_time: datetime.datetime | None) -> di
         "server": args.server,
     }
     further = {
+        "training": None if args.server else training_of(args.model_id),
         "dataset_config": args.dataset_config,
         "question_column": args.question_column if args.question_column != ["question"] else None,
         "answer_column": args.answer_column if args.answer_column != "answer" else None,

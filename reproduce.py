@@ -40,6 +40,7 @@ from common import (
     write_atomically,
 )
 from costs import record_in, show_list
+from data import Columns, load_questions
 from demo import sweep
 from scores import PUBLISHED_FILE, SEED
 
@@ -566,8 +567,9 @@ def write_report(table, setup):
         rows = [row for name in names for row in table if name in (row.name, SEED.sub("", row.name))]
         finished = [path for path in files_there(rows, setup) if ".part." not in path.name]
         if len({SEED.sub("", path.name.removesuffix(".jsonl.gz")) for path in finished}) > 1:
-            text = printed(benchmark.main, ["--compare", "--pool-seeds", "--markdown", *map(str, finished)])
-            parts.append(f"\n## Compared: {family}\n\n{text}")
+            name = f"compared-{family.replace(' ', '-')}"
+            words = ["--compare", "--pool-seeds", "--markdown", *map(str, finished), *clusters(setup)]
+            parts.append(f"\n## Compared: {family}\n\n{with_picture(name, words, setup)}\n![{family}]({name}.png)\n")
     page = setup.results / "README.md"
     write_atomically(page, "".join(parts))
     log(f"{page}: written")
@@ -644,15 +646,31 @@ def files_there(rows, setup):
 def section(group, heading, paths, setup):
     """The table of a group as Markdown, with its picture, and a note for each experiment that is not finished."""
     extra = ["--published"] if group == "published" else []
-    with tempfile.TemporaryDirectory(dir=setup.results) as folder:
-        picture = Path(folder) / f"{group}.png"
-        words = ["--markdown", "--commands", "--pool-seeds", *map(str, paths), "--plot", str(picture), *extra]
-        text = printed(benchmark.main, words)
-        os.replace(picture, setup.results / picture.name)
+    words = ["--markdown", "--commands", "--pool-seeds", *map(str, paths), *extra, *clusters(setup)]
+    text = with_picture(group, words, setup)
     begun = [path.name.removesuffix(".jsonl.gz") for path in paths if ".part." in path.name]
     notes = "".join(f"\n- {name}: not finished, these are the answers so far\n" for name in begun)
     scores = f"```\n{printed(sweep.show, setup.results / 'train/rates')}```\n\n" if group == "rates" else ""
-    return f"\n## {heading}\n\n{scores}{text}{notes}\n![{group}]({picture.name})\n"
+    return f"\n## {heading}\n\n{scores}{text}{notes}\n![{group}]({group}.png)\n"
+
+
+def with_picture(name, words, setup):
+    """What benchmark.py prints by these words; its picture goes to results/NAME in one step."""
+    with tempfile.TemporaryDirectory(dir=setup.results) as folder:
+        picture = Path(folder) / f"{name}.png"
+        text = printed(benchmark.main, [*words, "--plot", str(picture)])
+        os.replace(picture, setup.results / picture.name)
+    return text
+
+
+def clusters(setup):
+    """The flags that count questions of one template as one cluster, where the data set tells their templates."""
+    if not Path(setup.dataset).exists():
+        return []
+    with contextlib.suppress(UserError):
+        load_questions(setup.dataset, "test", columns=Columns(keep=("template",)))
+        return ["--cluster", "template", "--cluster-from", str(setup.dataset)]
+    return []
 
 
 def printed(main, *arguments):

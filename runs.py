@@ -460,6 +460,17 @@ def project_commit():
 # ---- The folder of a training
 
 RECORD = "train.run.json"
+
+
+def training_of(model_id: str) -> dict | None:
+    """How a fine-tuned model in a local folder was trained, as its record says: what decided it, and its base."""
+    with contextlib.suppress(UserError):
+        record = read_json(Path(model_id) / RECORD)
+        if is_run_record(record):
+            return {"decides": record["decides"], "segments": [{"model": record["segments"][-1].get("model")}]}
+    return None
+
+
 # What a training writes beside its checkpoints. --overwrite removes these and nothing else.
 TRAINING_FILES = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json",

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import answers
 import benchmark
 import common
+import runs
 import scores
 
 
@@ -443,6 +444,14 @@ def test_a_fine_tuned_row_wants_the_published_checkpoint_or_its_training(publish
         assert protocol("outputs/own", other).startswith(f"other protocol: training: {next(iter(changed))} ")
     banana = trained | {"segments": [{"model": "some/banana-7B"}]}
     assert protocol("outputs/own", banana) == "other protocol: training: model banana-7B, not Qwen3-0.6B"
+
+
+def test_a_record_of_answers_tells_how_their_model_was_trained(tmp_path):
+    assert runs.training_of(str(tmp_path)) is None
+    record = {"decides": {"rank": 4}, "segments": [{"model": "Qwen/Qwen3-0.6B", "seconds": 3}], "result": {}}
+    (tmp_path / "train.run.json").write_text(json.dumps(record))
+    trained = runs.training_of(str(tmp_path))
+    assert trained == {"decides": {"rank": 4}, "segments": [{"model": "Qwen/Qwen3-0.6B"}]}
 
 
 def test_a_row_of_the_model_as_released_is_not_that_of_one_fine_tuned(published_row):
