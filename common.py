@@ -20,6 +20,7 @@ This module imports neither torch nor transformers, so that `--help` and `benchm
 import argparse
 import codecs
 import contextlib
+import ctypes
 import datetime
 import functools
 import gzip
@@ -437,15 +438,47 @@ def render_chat(tokenizer, messages, enable_thinking, now=None):
     if now:
         template = STRFTIME_NOW.sub(lambda call: json.dumps(now.strftime(call[2])), template)
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=enable_thinking,
-        )
+        with time_limit(TEMPLATE_SECONDS):
+            return tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=enable_thinking,
+            )
+    except TakesTooLong:
+        told = f"the chat template takes more than {TEMPLATE_SECONDS} seconds for one prompt; mend or replace its loops"
+        raise UserError(f"{tokenizer.name_or_path}: {told}") from None
     except Exception as error:  # jinja2 errors, and whatever a template's raise_exception says
         raise UserError(f"{tokenizer.name_or_path}: the chat template failed: {error}") from error
+
+
+TEMPLATE_SECONDS = 10
+
+
+class TakesTooLong(Exception):
+    """Raised in a thread whose time limit has passed."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """Raise TakesTooLong in this thread after so many seconds, between two steps of Python code; on every system."""
+    thread, lock, ended = threading.get_ident(), threading.Lock(), False
+
+    def end():
+        with lock:
+            if not ended:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TakesTooLong))
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            ended = True
+        timer.cancel()
 
 
 STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -528,6 +561,11 @@ class Decoding:
 
 
 PUBLISHED_KEYS = ("id", "question", "model_output", "ground_truth_answer")
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name that is not there must be a path, for no hub id looks so: `./x`, `/x`, `~/x`, `C:\\x`, `x\\y`."""
+    return name.startswith((".", "/", "~")) or "\\" in name or re.match("[A-Za-z]:", name) is not None
 
 
 def first_line(error):

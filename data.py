@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
-from common import UserError, first_line, is_text, read_jsonl, refuse_utf16
+from common import UserError, first_line, is_text, looks_like_path, read_jsonl, refuse_utf16
 from reading import read_gold
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
@@ -61,7 +61,7 @@ def load_questions(dataset: str, split: str, config: str | None = None, columns:
             return load_question_file(files[0], columns)
         if not any(file.name.endswith(ENDINGS) for file in path.rglob("*")):
             raise UserError(f"{path}/{split}.jsonl: no such file; --dataset wants a folder with a file for each split")
-    elif dataset.startswith((".", "/", "~")):
+    elif looks_like_path(dataset):
         raise UserError(f"--dataset {dataset}: no such file or folder; pass one, or a hub id")
     return load_hub_questions(dataset, split, config, columns)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import DTYPES, UserError, first_line, hash_file, log, processes, read_json
+from common import DTYPES, UserError, first_line, hash_file, log, looks_like_path, processes, read_json
 
 # What decides a model's output; only these are downloaded and hashed. No pickled weights: loading
 # them can run code, so safetensors alone are read.
@@ -106,7 +106,7 @@ def find_files(name, place, revision=None):
     if path.suffix == ".gguf" and path.exists():
         return find_gguf(name, path, place)
     if not path.is_dir():
-        if path.exists() or name.startswith((".", "/", "~")):
+        if path.exists() or looks_like_path(name):
             raise UserError(f"{place}: not a model folder and no .gguf file; pass one of them, or a hub id")
         path = download_model(name, place, revision=revision)
     for other in (other for pattern in MODEL_FILES for other in path.glob(pattern)):

@@ -499,7 +499,7 @@ def restore(chosen, setup):
         for stem, path in ((name, finished), (f"{name}.part", begun)):
             packed, record = setup.results / f"{stem}.jsonl.gz", setup.results / f"{stem}.run.json"
             if packed.exists() and record.exists():
-                write_atomically(setup.answers / f"{name}.run.json", record.read_text())
+                write_atomically(setup.answers / f"{name}.run.json", record.read_text(encoding="utf-8"))
                 write_atomically(path, gzip.decompress(packed.read_bytes()).decode())
                 log(f"{path}: taken from {packed}")
 
@@ -606,7 +606,7 @@ def gather(table, setup):
                 with replacing(target) as file:
                     file.write(gzip.compress(text, 9, mtime=0))
         else:
-            write_atomically(target, without_folders(path.read_text(), setup))
+            write_atomically(target, without_folders(path.read_text(encoding="utf-8"), setup))
 
 
 def shown(place):

@@ -533,7 +533,7 @@ class Published:
 
 def load_published(runs):
     """The Published of each run whose name is that of a published row, by run name."""
-    known = json.loads(PUBLISHED_FILE.read_text())
+    known = json.loads(PUBLISHED_FILE.read_bytes())
     found = {}
     for run in runs:
         row = known["rows"].get(bare(run.path).name)

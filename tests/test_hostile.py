@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from test_bad_input import (
     template,
     write,
 )
+
+import common
 
 assert own_folder  # every test here runs in a folder of its own, too
 
@@ -109,6 +112,31 @@ def test_a_chat_template_stays_in_its_sandbox(escape, capsys):
     assert refused(*infer(model=model(template(escape))))
     assert "the chat template failed" in capsys.readouterr().err
     assert not os.path.exists("owned")
+
+
+LOOPS = {
+    "nested ranges": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a macro that calls itself twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "a product in a filter": "{{ range(99999) | map('string') | list | batch(1) | list | length }}"
+    "{% for i in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+def test_a_chat_template_has_a_time_limit(loop, monkeypatch, capsys):
+    monkeypatch.setattr(common, "TEMPLATE_SECONDS", 0.3)
+    assert refused(*infer(model=model(template(loop))))
+    assert "the chat template takes more than 0.3 seconds for one prompt" in capsys.readouterr().err
+
+
+def test_a_time_limit_that_is_kept_leaves_nothing_behind():
+    with common.time_limit(60):
+        pass
+    with pytest.raises(common.TakesTooLong), common.time_limit(0.05):
+        while True:
+            pass
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)
 
 
 STEERING = "\x1b[2J\x1b]0;owned\x07\u202e"

@@ -530,6 +530,51 @@ def test_a_second_signal_after_a_while_acts(monkeypatch):
     assert heeded == [signal.SIGINT, signal.SIGTERM]
 
 
+WINDOWS = """
+import os, signal, sys
+LACKS = {"fcntl", "grp", "resource", "termios", "tty", "pty", "readline", "curses", "syslog"}
+class Windows:
+    def find_spec(self, name, path=None, target=None):
+        if name in LACKS:
+            raise ImportError(f"Windows has no {name}")
+sys.meta_path.insert(0, Windows())
+import benchmark
+assert not benchmark.main(["results/demo/cot.jsonl"])
+assert "torch" not in sys.modules
+
+sys.meta_path.pop(0)  # the libraries have branches of their own for Windows, which are not tried here
+from trl import SFTConfig, SFTTrainer
+sys.meta_path.insert(0, Windows())
+for name in LACKS:
+    sys.modules.pop(name, None)
+for name in ("SIGKILL", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGPIPE", "SIGUSR1", "alarm", "setitimer"):
+    delattr(signal, name)
+for name in ("fork", "geteuid", "getuid", "killpg", "sched_getaffinity", "uname"):
+    delattr(os, name)
+for path in sorted(os.listdir(".")):
+    if path.endswith(".py"):
+        __import__(path[:-3])
+import inference
+try:
+    inference.main(["--help"])
+except SystemExit as stop:
+    assert not stop.code
+"""
+
+
+def test_windows_standard_library_is_enough_to_import_everything_and_to_score():
+    done = subprocess.run([sys.executable, "-c", WINDOWS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "73.25" in done.stdout and "--model-id" in done.stdout
+
+
+@pytest.mark.parametrize("path", ["C:\\models\\qwen", "C:/models/qwen", "d:qwen", "models\\qwen", "\\\\host\\share"])
+@pytest.mark.parametrize("flag", ["--model-id", "--dataset"])
+def test_a_path_of_windows_is_not_taken_for_a_hub_id(flag, path, tmp_path, capsys):
+    err = refused(capsys, tmp_path / "a.jsonl", flag, path)
+    assert f"{flag} {path}: no" in err and "from the hub" not in err  # "no such file" or "not a model folder"
+
+
 def test_a_burst_that_reaches_a_process_leaves_no_traceback(tmp_path):
     output = tmp_path / "a.jsonl"
     process = start(output, "--limit", 240, "--batch-size", 4, stderr=subprocess.PIPE, text=True)
