@@ -15,11 +15,13 @@ need --multi_gpu as well: without it accelerate starts one.
 """
 
 import argparse
+import contextlib
 import math
 import random
 import shlex
 import sys
 import time
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +33,13 @@ from common import (
     UserError,
     at_least,
     build_prompt,
+    choose_template,
     code_block,
     command_line,
     first_line,
     gathered,
+    has_date,
+    has_token,
     hash_file,
     is_main,
     is_text,
@@ -43,17 +48,19 @@ from common import (
     plain_markdown,
     printable,
     processes,
+    read_json,
     read_jsonl,
     strip_annotations,
     thinking_is_open,
+    uses_template,
     wait_for_all,
     write_atomically,
 )
-from data import Question, hash_questions, load_questions
+from data import Columns, Question, add_data_flags, hash_questions, load_questions
 from reading import read_gold
-from runs import claim_folder, describe_run, locked_folder, peak_memory, write_record
+from runs import RECORD, claim_folder, describe_run, locked_folder, peak_memory, write_record
 
-TRAINED_MODES = tuple(mode for mode in MODES if mode != "few_shot")  # its prompt needs worked examples
+TRAINED_MODES = tuple(name for name, mode in MODES.items() if not mode.few_shot)  # its prompt needs worked examples
 # The flags that decide the weights. Of a new one record only what is not its default: runs made before then resume.
 DECIDING_FLAGS = (
     "epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup", "batch_size", "dtype", "seed", "eval_size",
@@ -71,18 +78,26 @@ def main(argv=None):
 def fine_tune(args, build_model):
     """The whole job. `build_model(args, files, device)` returns the model; its weights that require gradients are trained."""
     from model import choose_device, find_model, load_tokenizer, positions
-    from trainer import HeldOut, ScoredTrainer, build_config, choose_pad_token, longest_completion
+    from trainer import HeldOut, ScoredTrainer, build_config, choose_pad_token, longest_completion, make_savable
 
     device = choose_device(args.device)
     check_arguments(args, device)
     files = find_model(args.model_id)
     check_output_dir(args, files)
     tokenizer = load_tokenizer(files)
-    questions = load_questions(args.dataset, "train")
+    columns = Columns(args.question_column, args.answer_column)
+    questions = load_questions(args.dataset, "train", args.dataset_config, columns)
     training, held_out = split_questions(args.dataset, questions, args.eval_size, args.seed)
     own = read_completions(args.completions, args.dataset, training + held_out) if args.completions else []
     mode, system_prompt = choose_mode(args.mode, own, tokenizer)
-    ask = partial(build_prompt, mode, tokenizer=tokenizer, system_prompt=system_prompt)
+    style = choose_style(mode, tokenizer)
+    now = (
+        read_first_start(args.output_dir, args.overwrite)
+        if uses_template(mode, style) and has_date(tokenizer)
+        else None
+    )
+    asked = {"few_shot_style": style, "system_prompt": system_prompt, "now": now}
+    ask = partial(build_prompt, mode, tokenizer=tokenizer, **asked)
     end = end_of_turn(mode, tokenizer)
     if own:
         pairs, held_out_pairs = own_pairs(args.completions, own, ask, end.text, training, held_out)
@@ -98,9 +113,12 @@ def fine_tune(args, build_model):
     show_examples(examples[:2], tokenizer)
     at_once = fit_into_memory(args, model, device, examples)
     record = run_record(args, files, mode, training, held_out, pairs[0], device, at_once)
+    if now:
+        record["segments"][-1]["template_time"] = now.isoformat()
 
     def build_trainer(resumed: bool):
         choose_pad_token(model, tokenizer, end.token)
+        make_savable(model.generation_config)
         return ScoredTrainer(
             model=model,
             args=build_config(args, len(examples), end.token, device.type == "cpu", resumed),
@@ -111,7 +129,9 @@ def fine_tune(args, build_model):
             patience=args.patience,
         )
 
-    return train_in_folder(args, record, build_trainer, ask, inference_command(args.output_dir, mode, system_prompt))
+    return train_in_folder(
+        args, record, build_trainer, ask, inference_command(args.output_dir, mode, style, system_prompt)
+    )
 
 
 def train_in_folder(args, record, build_trainer, ask, next_command):
@@ -159,7 +179,7 @@ def build_parser(prog, description, learning_rate, rate_source):
         default="Qwen/Qwen3-0.6B",
         help="hub id or folder of the model to start from (default %(default)s)",
     )
-    add("--dataset", default="openai/gsm8k", help="hub id, or folder with train.jsonl (default %(default)s)")
+    add_data_flags(parser)
     add("--output-dir", type=Path, required=True, help="folder for the model, its checkpoints, logs and run record")
     add("--mode", choices=TRAINED_MODES,
         help="prompt to train on, as inference.py asks it (default that of --completions, else chatml_think_prefill, "
@@ -294,10 +314,26 @@ def choose_mode(mode: str | None, completions: list[dict], tokenizer) -> tuple[s
         if mode not in (None, sampled):
             raise UserError(f"--mode {mode}: --completions holds answers of mode {sampled}; leave --mode out")
         return sampled, completions[0].get("system_prompt")
-    if mode is None and "<|im_start|>" not in tokenizer.get_vocab():
+    if mode is None and not has_token(tokenizer, "<|im_start|>"):
         log("mode cot: the tokenizer has no <|im_start|>, so chatml_think_prefill cannot be asked")
         return "cot", None
     return mode or "chatml_think_prefill", None
+
+
+def choose_style(mode: str, tokenizer) -> str:
+    """How the question is put, as inference.py's --few-shot-style: in plain text where the model has no template for it."""
+    if tokenizer.chat_template or MODES[mode].raw or MODES[mode].thinks:
+        return "prompt"
+    log("the tokenizer has no chat template: asked in plain text, as --few-shot-style completion does")
+    return "completion"
+
+
+def read_first_start(folder: Path, overwrite: str | None) -> datetime:
+    """When the run in the folder was started first, else now: a template's date stays the same after midnight."""
+    with contextlib.suppress(UserError, KeyError, TypeError, ValueError, IndexError):  # no run, or a damaged record
+        if overwrite != "always":
+            return datetime.fromisoformat(read_json(folder / RECORD)["segments"][0]["template_time"])
+    return datetime.now().replace(microsecond=0)
 
 
 class End(NamedTuple):
@@ -318,8 +354,8 @@ def end_of_turn(mode: str, tokenizer) -> End:
     if tokenizer.chat_template:
         answer = "the answer"
         messages = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": answer}]
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-        behind = rendered.rpartition(answer)[2]
+        template = choose_template(tokenizer)
+        behind = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False).rpartition(answer)[2]
         places = {behind.find(token): token for token in special if token in behind}
         if places:
             first = min(places)
@@ -393,11 +429,12 @@ def target_completion(answer: str, mode: str, prompt: str) -> str:
     reasoning = "" if mode == "zero_shot" else reasoning.strip()
     final = f"#### {number.strip()}"
     if thinking_is_open(prompt):
-        opening = "" if prompt[-1].isspace() else "\n"
+        opening = "" if prompt[-1].isspace() else "\n"  # behind the tag
         return f"{opening}{reasoning}\n</think>\n\n{final}"
     if mode == "thinking":
         return f"<think>\n{reasoning}\n</think>\n\n{final}"
-    return f"{reasoning}\n{final}" if reasoning else final
+    opening = " " if prompt.endswith("Answer:") else ""  # a plain-text prompt
+    return f"{opening}{reasoning}\n{final}" if reasoning else f"{opening}{final}"
 
 
 def encode_examples(name: str, pairs: list[tuple[str, str]], tokenizer, positions: int, embeddings: int) -> list[dict]:
@@ -541,6 +578,8 @@ def finish(args, trainer, record, ask):
         )
     if getattr(args, "merge", False):
         trainer.model = merge(trainer.model.float())
+    elif hasattr(trainer.model, "peft_config") and is_main():  # peft saves none, and the end token stands there
+        trainer.model.generation_config.save_pretrained(args.output_dir)
     trainer.save_model()
     trainer.save_state()
     wait_for_all()  # until each has read the best checkpoint
@@ -555,9 +594,10 @@ def finish(args, trainer, record, ask):
         log(NOT_IMPROVED)
 
 
-def inference_command(folder: Path, mode: str, system_prompt: str | None) -> str:
+def inference_command(folder: Path, mode: str, style: str, system_prompt: str | None) -> str:
     """The command that asks the finished model what it was trained on."""
-    more = [] if system_prompt is None else ["--system-prompt", system_prompt]
+    more = ["--few-shot-style", style] if style == "completion" else []
+    more += [] if system_prompt is None else ["--system-prompt", system_prompt]
     return shlex.join(["python", "inference.py", "--mode", mode, *more, "--model-id", str(folder)])
 
 

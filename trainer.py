@@ -117,6 +117,24 @@ def choose_pad_token(model, tokenizer, end: str) -> None:
         tokenizer.pad_token = end
 
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def make_savable(generation_config) -> None:
+    """Drop sampling values beside greedy decoding: transformers ignores them, and refuses to save them.
+
+    Raises UserError where the config stays invalid.
+    """
+    if not generation_config.do_sample:
+        for name in SAMPLING:
+            setattr(generation_config, name, None)
+    try:
+        generation_config.validate(strict=True)
+    except ValueError as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"generation_config.json of the model: transformers would not save it: {told}") from error
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """What an evaluation reads: examples for eval_loss, and questions to answer for eval_score."""

@@ -1,5 +1,6 @@
 """train.py and train_lora.py train on what inference asks, on nothing of test, and lose nothing when they stop."""
 
+import datetime
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from trainer import (
     choose_pad_token,
     epoch_order,
     fused_loss,
+    make_savable,
     pad,
     summed_loss,
 )
@@ -142,6 +144,7 @@ def test_completion_is_the_reasoning_and_the_final_line():
         ("thinking", "Why?"): f"<think>\n{reasoning}\n</think>\n\n#### 1,005",
         ("thinking", "Why?<think>\n"): f"{reasoning}\n</think>\n\n#### 1,005",
         ("cot", "Why?<think>"): f"\n{reasoning}\n</think>\n\n#### 1,005",
+        ("cot", "Question: Why?\nAnswer:"): f" {reasoning}\n#### 1,005",
         ("chatml_think_prefill", "<think>\n"): f"{reasoning}\n</think>\n\n#### 1,005",
     }
     for (mode, prompt), completion in expected.items():
@@ -206,12 +209,75 @@ def test_the_mode_is_that_of_the_completions_else_the_named_one_else_what_the_to
     with pytest.raises(UserError, match="--mode cot: --completions holds answers of mode thinking"):
         train.choose_mode("cot", sampled, tokenizer)
 
-    class WithoutChatML:
-        def get_vocab(self):
-            return {"the": 0}
-
-    assert train.choose_mode(None, [], WithoutChatML()) == ("cot", None)
+    tokenizer.convert_tokens_to_ids = lambda text: None  # as one without ChatML's tokens answers
+    assert train.choose_mode(None, [], tokenizer) == ("cot", None)
     assert "the tokenizer has no <|im_start|>" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    """The demo's model as base models come: ends at <|endoftext|> alone, has no template, no pad token."""
+    folder = tmp_path_factory.mktemp("base")
+    shutil.copytree(MODEL, folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").unlink()
+    # Sampling values beside greedy decoding, as many published models have them: transformers refuses to save these.
+    (folder / "generation_config.json").write_text('{"eos_token_id": 995, "temperature": 0.6, "top_p": 0.9}')
+    config = read_json(folder / "tokenizer_config.json") | {"eos_token": "<|endoftext|>"}
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_base_model_trained_on_chatml_stops_at_its_end_elsewhere_too(base_model, dataset, tmp_path):
+    """transformers' own generate, as other programs run it, and the tokenizer that servers read."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    brief = ("--max-steps", 1, "--eval-questions", 0, "--learning-rate", 1e-5, "--model-id", base_model)
+    assert train.main(flags(dataset, tmp_path / "full", *brief)) == 0
+    assert train_lora.main(flags(dataset, tmp_path / "adapter", *brief)) == 0
+    assert train_lora.main(flags(dataset, tmp_path / "merged", *brief, "--merge")) == 0
+    prompt = build_prompt("chatml_think_prefill", PROBLEMS[0]["question"], load_tokenizer(find_model(MODEL)))
+    for folder, stops in ((base_model, False), (tmp_path / "full", True), (tmp_path / "merged", True)):
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        answer = model.generate(ids, max_new_tokens=200, do_sample=False)[0, ids.shape[1] :].tolist()
+        assert answer.count(997) and (answer.index(997) == len(answer) - 1) == stops
+        assert (tokenizer.eos_token == "<|im_end|>") == stops
+    adapter = tmp_path / "adapter"
+    assert AutoTokenizer.from_pretrained(adapter).eos_token == "<|im_end|>"
+    assert read_json(adapter / "generation_config.json")["eos_token_id"] == [997, 995]
+
+
+def test_a_model_without_a_template_is_trained_on_plain_text(base_model, dataset, tmp_path, capsys):
+    brief = ("--mode", "cot", "--max-steps", 1, "--eval-questions", 0, "--model-id", base_model)
+    assert train.main(flags(dataset, tmp_path / "run", *brief)) == 0
+    decides = read_json(tmp_path / "run" / runs.RECORD)["decides"]
+    assert decides["prompt"].endswith("\nAnswer:") and "<|im_start|>" not in decides["prompt"]
+    assert decides["completion"].startswith(" ") and decides["completion"].endswith("<|endoftext|>")
+    printed = capsys.readouterr().out
+    assert f"inference.py --mode cot --few-shot-style completion --model-id {tmp_path / 'run'}" in printed
+
+
+def test_a_generation_config_that_stays_invalid_is_refused_before_the_training():
+    from transformers import GenerationConfig
+
+    config = GenerationConfig()
+    config.num_return_sequences = 4
+    with pytest.raises(UserError, match="generation_config.json of the model: transformers would not save it"):
+        make_savable(config)
+
+
+DATED_TEMPLATE = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_a_template_with_a_date_keeps_that_of_the_first_start(tmp_path):
+    assert train.read_first_start(tmp_path, None) - datetime.datetime.now() < datetime.timedelta(seconds=5)
+    (tmp_path / runs.RECORD).write_text(json.dumps({"segments": [{"template_time": "2026-01-02T03:04:05"}, {}]}))
+    assert train.read_first_start(tmp_path, "changed") == datetime.datetime(2026, 1, 2, 3, 4, 5)
+    assert train.read_first_start(tmp_path, "always") > datetime.datetime(2026, 1, 3)
+    tokenizer = load_tokenizer(find_model(MODEL))
+    tokenizer.chat_template = DATED_TEMPLATE
+    assert build_prompt("cot", "Why?", tokenizer, now=train.read_first_start(tmp_path, None)).startswith("2026-01-02")
 
 
 def test_rows_that_do_not_fit_or_would_tokenize_otherwise_are_dropped_and_counted(capsys):
