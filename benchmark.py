@@ -209,8 +209,13 @@ def refuse_test_split(run, format):
         raise UserError(
             f"--keep-correct: {run.path}: no run record beside it says --split train; test answers stay out"
         )
-    dataset = str(record["segments"][-1].get("dataset"))
-    test = {question.question.strip() for question in load_questions(dataset, "test")}
+    made = record["segments"][-1]
+    dataset = str(made.get("dataset"))
+    if Path(dataset).is_file():  # it stands for the split that was asked for, and there is no other
+        return
+    columns = Columns(made.get("question_column") or ["question"], made.get("answer_column") or "answer")
+    questions = load_questions(dataset, "test", made.get("dataset_config"), columns)
+    test = {question.question.strip() for question in questions}
     if any(row.question.strip() in test for row in read_rows(run.path, format, [])):
         raise UserError(f"--keep-correct: {run.path}: holds questions of the test split of {dataset}")
 

@@ -309,6 +309,21 @@ def test_columns_of_the_data_set_are_copied_into_the_answers(tmp_path, capsys):
     assert "--keep-columns question" in capsys.readouterr().err
 
 
+def test_right_answers_are_kept_of_a_single_file_and_of_other_columns(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        problems = rows(ROOT / f"demo/problems/{split}.jsonl")[:12]
+        lines = [json.dumps({"Body": item["question"], "Answer": item["answer"]}) + "\n" for item in problems]
+        (tmp_path / f"data/{split}.jsonl").write_text("".join(lines))
+    for name, dataset in (("folder", tmp_path / "data"), ("file", tmp_path / "data/train.jsonl")):
+        output = tmp_path / f"{name}.jsonl"
+        columns = "--question-column", "Body", "--answer-column", "Answer"
+        run(output, "--split", "train", *columns, dataset=str(dataset))
+        benchmark.main([str(output), "--keep-correct", str(tmp_path / "right.jsonl")])
+        assert 0 < len(rows(tmp_path / "right.jsonl")) <= 12
+    capsys.readouterr()
+
+
 DATED = "Today is {{ strftime_now('%d %b %Y') }}.\n{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
 
