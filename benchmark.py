@@ -1,4 +1,4 @@
-"""Score GSM8K completions: two readings of every answer, with intervals.
+"""Score GSM8K completions: three readings of every answer, with intervals.
 
     python benchmark.py outputs/cot_model_outputs.jsonl outputs/thinking_model_outputs.jsonl
     python benchmark.py FILES --compare --published     # runs as pairs; beside the published figures
@@ -13,9 +13,10 @@ Reads any JSONL whose lines hold `question`, `model_output` and `ground_truth_an
 the further keys that `inference.py` writes are used where they stand. Nothing is loaded but text:
 torch is not imported, and a file in the order that `inference.py` writes is read as a stream.
 
-The two readings are `score_published` and `score_final` in `reading.py`. The first is the rule
+The readings are `score_published`, `score_final` and `read_lenient` in `reading.py`. The first is the rule
 behind the published figures; the second takes the answer as a careful reader would, and tells an
-answer that never came (unfinished, no answer) from one that is wrong.
+answer that never came (unfinished, no answer) from one that is wrong. The third also takes it from other
+forms than the asked one, so the gap between the two is a matter of format; it never replaces the second.
 
 Accuracies carry 95 % intervals: Wilson's for one sample a question. Samples of one question are not independent, nor
 are questions made from one template: for several samples, and with --cluster, the interval is Student's t with
@@ -59,7 +60,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = ArgumentParser(description="Score GSM8K completions: two readings of every answer, with intervals.")
+    parser = ArgumentParser(description="Score GSM8K completions: three readings of every answer, with intervals.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSONL files of completions")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON array, an object a file, and no table")

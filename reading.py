@@ -1,7 +1,7 @@
-"""How an answer is read from a completion, and held against the reference: two readings.
+"""How an answer is read from a completion, and held against the reference: three readings.
 
 `read_published` is the rule behind the published figures. `read_final` takes the final answer as a careful reader
-would. Here is text alone: nothing is loaded and nothing is written.
+would. `read_lenient` also takes it from other forms than the asked one. Here is text alone: nothing is loaded and nothing is written.
 """
 
 import re
@@ -67,6 +67,19 @@ def read_final(text: str, thinking: bool) -> Reading:
     return read_first(text, thinking, read_asked)
 
 
+def read_lenient(text: str, thinking: bool, cut: bool = False, final: Reading | None = None) -> Reading:
+    """The answer that a reader accepts who does not insist on `####`; never in place of `read_final`.
+
+    What `read_final` reads counts first. Then, in this order: the last box; `Final answer: 18`; `The answer is 18.`;
+    a line `ANSWER: 18`; `<answer>18</answer>`; the last number where it is bold; a last line that is a number.
+    `cut`: the text ran into the token limit. Then it is unfinished, unless only a problem of its own was cut.
+    `final`: what `read_final` reads, where that is known already.
+    """
+    final = final or read_final(text, thinking)
+    reading = final if final.status in ("read", "unfinished") else read_first(text, thinking, read_any)
+    return Reading("unfinished", begin=reading.begin) if cut and not reading.ran_on else reading
+
+
 def read_first(text: str, thinking: bool, read) -> Reading:
     """What `read(text, begin, stop)` finds in the first stretch of text that holds an answer, up to the next problem."""
     spans, open_thought = outside_thoughts(text, thinking)
@@ -123,6 +136,46 @@ def read_asked(text: str, begin: int, stop: int) -> Reading:
     if not box:
         return reading
     return (box[0] < box[1] and read_span(text, *box)) or Reading("no_answer")
+
+
+def read_any(text: str, begin: int, stop: int) -> Reading:
+    """The answer in text[begin:stop] in a form that is asked for, else in one that a reader accepts."""
+    asked = read_asked(text, begin, stop)
+    if asked.status == "read":
+        return asked
+    found = [asked] if asked.status == "ambiguous" else []
+    for start, end in accepted_spans(text, begin, stop):
+        reading = read_span(text, start, end)
+        if reading and reading.status == "read":
+            return reading
+        found += [reading] if reading else []
+    return found[0] if found else asked
+
+
+def accepted_spans(text: str, begin: int, stop: int):
+    """Spans that may hold the answer by the forms of `read_lenient`, in their order."""
+    box = last_box(text, begin, stop)
+    if box and box[0] < box[1]:
+        yield box
+    for form in (FINAL_ANSWER, THE_ANSWER):
+        limit = stop
+        for found in reversed(list(form.finditer(text, begin, stop))):
+            end = SENTENCE_END.search(text, found.end(), limit)
+            end = end.start() if end else limit
+            limit = found.start()
+            if DIGIT.search(text, found.end(), end):
+                yield found.end(), end
+                break
+    for form in (ANSWER_LABEL, ANSWER_TAG, BOLD):
+        *_, last = [None, *form.finditer(text, begin, stop)]
+        last_words = form is ANSWER_TAG or (last and not DIGIT.search(text, last.end(), stop))
+        if last and last_words and not HEADING.match(text, *last.span(1)):
+            yield last.span(1)
+    words = text[begin:stop].rstrip(NO_WORDS)
+    start = begin + words.rfind("\n") + 1
+    start = BULLET.match(text, start, begin + len(words)).end()
+    if BARE_LINE.fullmatch(text, start, begin + len(words)):
+        yield start, begin + len(words)
 
 
 def read_marked(text: str, begin: int, stop: int) -> tuple[Reading, int]:
@@ -241,6 +294,17 @@ HEADING = re.compile(
         )""",
     re.VERBOSE | re.IGNORECASE,
 )
+IS = r"[\s*_]*(?:is|was|are|be|comes[ ]to|equals|[:：=])(?![A-Za-z]|\s+not\b)(?:[\s*_:$]|\\[\[(])*"
+FINAL_ANSWER = re.compile(rf"\bfinal\s+answer(?:{IS}|[\s*_]*(?=[-$£€0-9])|[ \t*_]*\n\s*)", re.IGNORECASE)
+THE_ANSWER = re.compile(rf"(?<!\bif )\bthe\s+(?:correct\s+)?answer{IS}", re.IGNORECASE)
+ANSWER_LABEL = re.compile(
+    r"^[\s*_#>]{0,20}(?:ans|answer)[ \t*_]*(?:[:：=]|\n)[\s*_]*([^\n]{1,80})$", re.IGNORECASE | re.MULTILINE
+)
+ANSWER_TAG = re.compile(r"<answer>([^<]{0,300})</answer>", re.IGNORECASE)
+BOLD = re.compile(r"(?:\*\*|__)([^*_\n]{1,200})(?:\*\*|__)")
+SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)|\n|\*\*(?=\s|\Z)")
+NO_WORDS = " \t\r\n.$*_`\\])>"
+BARE_LINE = re.compile(r"[\s$£€¥*_`\\()\[\]{},.%/0-9½¼¾−-]{1,60}")
 NAMES_ANSWER = re.compile(r"\b(?:ans|answer|result|final|conclusion|total|therefore|thus|hence|so)\b", re.IGNORECASE)
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
 PLAIN = re.compile(rf"[ \t\r$*]*(-?)({NUMBER})[ \t\r$*.]*")

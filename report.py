@@ -40,6 +40,9 @@ def summary(run, published, comparisons):
         "correct": run.counts["right"],
         "accuracy": percent(run.counts["right"], run.n),
         "interval": accuracy_interval(run, "right"),
+        "correct_lenient": run.counts["lenient"],
+        "accuracy_lenient": percent(run.counts["lenient"], run.n),
+        "interval_lenient": accuracy_interval(run, "lenient"),
         **{status: run.counts[status] for status in STATUSES[1:]},
         "truncated": truncated(run),
         "forced": run.counts["forced"] if run.counts["forced_lines"] else None,
@@ -241,7 +244,7 @@ def run_notes(run):
     if counts["no_answer_right"]:
         yield (
             f"{counts['no_answer_right']:,} of the {counts['no_answer']:,} without an answer "
-            "end in the right number: a matter of format, not of arithmetic"
+            "give the right number in another form, which only the lenient figure counts"
         )
     if len(run.paths) > 1:
         shares = ", ".join(f"{share:.2f}" for share in seed_shares(run))

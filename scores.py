@@ -13,7 +13,7 @@ from zlib import crc32
 
 from answers import FORMAT, read_rows, same_text
 from common import UserError, is_run_record, read_json
-from reading import grade, last_number, opens_thought, read_final, score_published
+from reading import grade, opens_thought, read_final, read_lenient, score_published
 
 Z95 = NormalDist().inv_cdf(0.975)
 
@@ -53,10 +53,10 @@ class Rows:
     clusters: array = field(default_factory=lambda: array("q"))  # hashes of the values of --cluster; else empty
     samples: array = field(default_factory=lambda: array("i"))
     right: bytearray = field(default_factory=bytearray)
+    lenient: bytearray = field(default_factory=bytearray)
     published: bytearray = field(default_factory=bytearray)
-    answers: array = field(
-        default_factory=lambda: array("q")
-    )  # hashes of the numbers; -1, no hash, where none was read
+    answers: array = field(default_factory=lambda: array("q"))  # places of the numbers in `numbers`; -1: none was read
+    numbers: dict = field(default_factory=dict)  # each number that was read, and its place
 
 
 @dataclass
@@ -110,8 +110,12 @@ def pool(first, second):
     if set(first.rows.questions) != set(second.rows.questions):
         raise UserError(f"--pool-seeds: {first.path} and {second.path} hold other questions; pool files of the same")
     rows, offset = Rows(), 1 + max(first.rows.samples)
-    for name in vars(rows):
+    for name in ("questions", "texts", "golds", "clusters", "samples", "right", "lenient", "published"):
         setattr(rows, name, getattr(first.rows, name) + getattr(second.rows, name))
+    rows.numbers = {number: place for place, number in enumerate({**first.rows.numbers, **second.rows.numbers})}
+    for old in (first.rows, second.rows):
+        places = [*(rows.numbers[number] for number in old.numbers), -1]  # a place of -1 finds the last, -1
+        rows.answers.extend(places[answer] for answer in old.answers)
     for line in range(len(first.rows.samples), len(rows.samples)):
         rows.samples[line] += offset
     return Run(
@@ -154,9 +158,12 @@ def score_rows(path, format, prefilled, keep):
             if type(row.id) is not int or (previous is not None and row.id <= previous):
                 return None
             previous = row.id
-        reading = read_final(row.text, thought(row, prefilled, format.thinking))
+        thinking, cut = thought(row, prefilled, format.thinking), row.finish_reason == "length"
+        reading = read_final(row.text, thinking)
         status = grade(reading, row.gold)
+        lenient = grade(read_lenient(row.text, thinking, cut, reading), row.gold) == "right"
         counts["lines"] += 1
+        counts["lenient"] += lenient
         counts["bytes"] += len(row.text) if row.text.isascii() else len(row.text.encode("utf-8", "replace"))
         counts["question_bytes"] += len(row.question) + len(row.answer)
         counts[status] += 1
@@ -174,12 +181,12 @@ def score_rows(path, format, prefilled, keep):
             counts["forced"] += row.forced
         if status == "right":
             counts["worked"] += "=" in row.text[reading.start : reading.end]
-            whole = row.finish_reason != "length" and not reading.ran_on
+            whole = not cut and not reading.ran_on
             counts["off_format"] += whole and not ASKED_FORMAT.search(row.text, max(0, len(row.text) - 80))
         elif status == "unfinished":
             counts["unfinished_published"] += published
         elif status == "no_answer":
-            counts["no_answer_right"] += last_number(row.text.rpartition("</think>")[2]) == row.gold
+            counts["no_answer_right"] += lenient
         if keep:
             # Numbers are hashed as text: Python's hashes of -1 and -2 are the same.
             rows.questions.append(hash((repr(row.id), row.question, row.answer)))
@@ -189,8 +196,10 @@ def score_rows(path, format, prefilled, keep):
                 rows.clusters.append(hash(row.cluster))
             rows.samples.append(row.sample)
             rows.right.append(status == "right")
+            rows.lenient.append(lenient)
             rows.published.append(published)
-            rows.answers.append(-1 if reading.number is None else hash(str(reading.number)))
+            number = reading.number
+            rows.answers.append(-1 if number is None else rows.numbers.setdefault(number, len(rows.numbers)))
     questions = count_questions(path, rows) if keep else counts["lines"]
     kept = rows if keep else None
     return Run((path,), bare(path).name, questions, counts, len(bad), prefilled, kept, (counts["lines"],))
@@ -218,7 +227,7 @@ def percent(part, whole):
 
 
 def accuracy_interval(run, reading):
-    """The 95 % interval in percent of a run's accuracy by a reading, "right" or "published"."""
+    """The 95 % interval in percent of a run's accuracy by a reading, "right", "lenient" or "published"."""
     share = percent(run.counts[reading], run.n)
     if run.rows and (run.several or run.rows.clusters):
         right = bits(getattr(run.rows, reading))
@@ -370,7 +379,7 @@ def vote(answers):
     return winners, list(counts.values()).count(max(counts.values(), default=0)) > 1
 
 
-READINGS = {"right": "final answer", "published": "published rule"}
+READINGS = {"right": "final answer", "lenient": "lenient", "published": "published rule"}
 
 
 @dataclass

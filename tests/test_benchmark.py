@@ -110,6 +110,27 @@ def test_a_cut_text_is_not_said_to_lack_only_the_format(write, score, capsys):
     assert "format" not in capsys.readouterr().out
 
 
+def test_the_lenient_figure_stands_beside_the_strict_one(write, score, capsys):
+    texts = ["#### 18", "The answer is 18.", "The answer is 1.", "So"]
+    rows = [line(i, text, finish_reason="stop") for i, text in enumerate(texts)]
+    path = write([*rows, line(4, "#### 18\n\nSo", finish_reason="length")])
+    (run,) = score(path)
+    assert (run["correct"], run["correct_lenient"], run["no_answer_right"]) == (2, 2, 1)
+    assert run["accuracy_lenient"] == 40
+    assert run["interval_lenient"] == run["interval"]
+    benchmark.main([path])
+    header, row = capsys.readouterr().out.splitlines()[:2]
+    assert header.split("  ")[0] == "file" and "lenient %" in header
+    assert row.count("40.00 [11.76, 76.93]") == 2  # strict and lenient; the published rule has 60
+
+
+def test_several_samples_widen_the_lenient_interval_too(write, score):
+    (run,) = score(write([line(i, "The answer is 18." if i < 5 else "", sample=s) for i in range(10) for s in (0, 1)]))
+    low, high = run["interval_lenient"]
+    assert (run["correct"], run["correct_lenient"]) == (0, 10)
+    assert low < 20 and high > 80
+
+
 def test_every_line_is_counted_once_by_status(write, score):
     texts = ["#### 18", "#### 1", "<think>18", "18", "#### 4 and 6", "#### 18####"]
     (run,) = score(write([line(i, text, output_tokens=10) for i, text in enumerate(texts)]))
@@ -268,10 +289,10 @@ def test_a_wrong_flag_is_one_line(refuse, flags):
 
 
 def test_the_table_names_files_counts_and_intervals(write, capsys):
-    benchmark.main([write([line(0), line(1, "so 18")], name="cot.jsonl")])
+    benchmark.main([write([line(0), line(1, "The answer is 18.")], name="cot.jsonl")])
     header, row, _, note = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["file", "lines"]
-    assert row.split()[:5] == ["cot", "2", "50.00", "[9.45,", "90.55]"]
+    assert row.split()[:8] == ["cot", "2", "50.00", "[9.45,", "90.55]", "100.00", "[34.24,", "100.00]"]
     assert note.startswith("cot: 1 of the 1 without an answer")
 
 
@@ -289,7 +310,7 @@ def test_twelve_files_are_scored_without_a_slow_import(shared):
     files = sorted((shared / "published_outputs").glob("*.jsonl"))
     command = [sys.executable, "-X", "importtime", "benchmark.py", *map(str, (files * 3)[:12])]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.count("[") == 24
+    assert result.stdout.count("[") == 36
     for module in ("torch", "transformers", "scipy", "numpy", "matplotlib", "jinja2"):
         assert f" {module}\n" not in result.stderr
 
@@ -482,8 +503,9 @@ def test_markdown_is_a_table_with_the_cells_of_the_text(write, capsys):
     path = write(right_where(1, 2), "a|b.jsonl")
     benchmark.main([path, "--markdown"])
     _, ruler, row = capsys.readouterr().out.splitlines()
-    assert ruler == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    assert row == "| a\\|b | 2 | 50.00 [9.45, 90.55] | 50.00 [9.45, 90.55] | 0 | - | 0 | 0 |"
+    assert ruler == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    interval = "50.00 [9.45, 90.55]"
+    assert row == f"| a\\|b | 2 | {interval} | {interval} | {interval} | 0 | - | 0 | 0 |"
 
 
 def test_wrong_answers_are_shown_without_their_control_characters(write, capsys):

@@ -9,7 +9,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common import UserError
-from reading import STATUSES, opens_thought, read_final, read_gold, read_published, score_final, score_published
+from reading import (
+    STATUSES,
+    opens_thought,
+    read_final,
+    read_gold,
+    read_lenient,
+    read_published,
+    score_final,
+    score_published,
+)
 
 READ = {
     "#### 18": 18,
@@ -265,6 +274,64 @@ def test_a_text_that_only_ends_has_not_run_on(text, number):
     assert (reading.number, reading.ran_on) == (number, False)
 
 
+LENIENT = {
+    "#### 18": 18,
+    "So \\boxed{18}, in short: \\boxed{7}\n\nFinal answer: 3": 7,  # the forms count in the order of the docstring
+    "Final answer: 18": 18,
+    "### Final Answer\n\n**18**": 18,
+    "The final answer is:\n\\[\n18\n\\]": 18,
+    "Final answer: 18. The answer is 5.": 18,
+    "The answer is 18.": 18,
+    "The answer is 2.25.": Fraction(9, 4),
+    "The answer is 4. So, there are 4 cows in 1 of the 3 stalls.": 4,
+    "The answer is 4 hours * 80 mph = 320 miles.\n\nSo, John spent 4 hours": 320,
+    "So, the answer is $0.": 0,
+    "The answer is negative 5.": -5,
+    "The answer is $\\frac{1}{2}$.": Fraction(1, 2),
+    "ANSWER: 18": 18,
+    "**Answer:** 18 eggs": 18,
+    "Thus <answer>18</answer>": 18,
+    "She makes **$18** every day.": 18,
+    "She makes 18 dollars:\n\n$18": 18,
+    "Thus\n- 18": 18,
+    "50%": 50,
+    "#### 4x\nThe answer is 18.": 18,
+    "<think>The answer is 5.</think>The answer is 18.": 18,
+    "The answer is 18.\n\nQuestion: Tom has 5.\nThe answer is 5.": 18,
+}
+
+NOT_EVEN_LENIENT = {
+    "x = 18": "no_answer",
+    "So she has 18 eggs.": "no_answer",
+    "The answer is not 5.": "no_answer",
+    "To find the final answer, we add 5 to it.": "no_answer",
+    "Answer: She had 5 apples.\nThen she ate 2.": "no_answer",
+    "I add **5** and 3 to get 8.": "no_answer",
+    "**Step 4: Do it.**": "no_answer",
+    "<think>The answer is 5.</think> So": "no_answer",
+    "<think>The answer is 5.": "unfinished",
+    "The answer is x - 8.": "ambiguous",
+    "The answer is 2 million.": "ambiguous",
+}
+
+
+@pytest.mark.parametrize("text", LENIENT)
+def test_the_lenient_reading_takes_what_a_reader_accepts(text):
+    assert read_lenient(text, opens_thought(text)).number == LENIENT[text]
+
+
+@pytest.mark.parametrize("text", NOT_EVEN_LENIENT)
+def test_the_lenient_reading_takes_no_number_that_is_not_given_as_the_answer(text):
+    assert read_lenient(text, opens_thought(text)).status == NOT_EVEN_LENIENT[text]
+
+
+@pytest.mark.parametrize("text", LENIENT)
+def test_a_cut_text_is_unfinished_to_the_lenient_reading(text):
+    reading = read_lenient(text, opens_thought(text), cut=True)
+    assert reading.status == ("read" if reading.ran_on else "unfinished")
+    assert reading.ran_on == ("Question" in text)  # there the answer is whole, and another problem was cut
+
+
 def test_numbers_are_compared_exactly_by_the_final_reading_alone():
     assert score_final("#### 17.99995", "#### 18") == "wrong"
     assert score_published("#### 17.99995", "#### 18")
@@ -352,6 +419,7 @@ def test_the_published_files_score_as_published(shared, name):
 def test_any_text_gives_a_reading(text, thinking):
     for completion in (text, "####" + text, text + "####", f"\\boxed{{{text}}}"):
         assert score_final(completion, "#### 18", thinking) in STATUSES
+        read_lenient(completion, thinking)
         read_published(completion)
 
 
@@ -402,6 +470,7 @@ def seconds_to_score(piece, size):
         start = time.process_time()
         for completion in (text, "#### 1" + text, text + "#### 1", text + "####", "\\boxed{1" + text):
             score_final(completion, "#### 18")
+            read_lenient(completion, opens_thought(completion))
             score_published(completion, "#### 18")
         times.append(time.process_time() - start)
     return min(times)
