@@ -55,8 +55,21 @@ class Rows:
     right: bytearray = field(default_factory=bytearray)
     lenient: bytearray = field(default_factory=bytearray)
     published: bytearray = field(default_factory=bytearray)
-    answers: array = field(default_factory=lambda: array("q"))  # places of the numbers in `numbers`; -1: none was read
-    numbers: dict = field(default_factory=dict)  # each number that was read, and its place
+    answers: array = field(default_factory=lambda: array("q"))  # the numbers that were read, by `as_vote`
+    others: dict = field(default_factory=dict)  # each number that `as_vote` cannot hold itself, and its place
+
+
+NO_VOTE = -(2**63)
+OTHER_NUMBERS = 2**62
+
+
+def as_vote(number, others):
+    """An exact number in 64 bits: itself where it is whole and small, else its place among `others`, which it joins."""
+    if number is None:
+        return NO_VOTE
+    if number.denominator == 1 and abs(number) < OTHER_NUMBERS:
+        return int(number)
+    return OTHER_NUMBERS + others.setdefault(number, len(others))
 
 
 @dataclass
@@ -112,10 +125,12 @@ def pool(first, second):
     rows, offset = Rows(), 1 + max(first.rows.samples)
     for name in ("questions", "texts", "golds", "clusters", "samples", "right", "lenient", "published"):
         setattr(rows, name, getattr(first.rows, name) + getattr(second.rows, name))
-    rows.numbers = {number: place for place, number in enumerate({**first.rows.numbers, **second.rows.numbers})}
     for old in (first.rows, second.rows):
-        places = [*(rows.numbers[number] for number in old.numbers), -1]  # a place of -1 finds the last, -1
-        rows.answers.extend(places[answer] for answer in old.answers)
+        others = list(old.others)
+        rows.answers.extend(
+            as_vote(others[answer - OTHER_NUMBERS], rows.others) if answer >= OTHER_NUMBERS else answer
+            for answer in old.answers
+        )
     for line in range(len(first.rows.samples), len(rows.samples)):
         rows.samples[line] += offset
     return Run(
@@ -198,8 +213,7 @@ def score_rows(path, format, prefilled, keep):
             rows.right.append(status == "right")
             rows.lenient.append(lenient)
             rows.published.append(published)
-            number = reading.number
-            rows.answers.append(-1 if number is None else rows.numbers.setdefault(number, len(rows.numbers)))
+            rows.answers.append(as_vote(reading.number, rows.others))
     questions = count_questions(path, rows) if keep else counts["lines"]
     kept = rows if keep else None
     return Run((path,), bare(path).name, questions, counts, len(bad), prefilled, kept, (counts["lines"],))
@@ -347,7 +361,7 @@ def count_votes(run):
         for k, winner in enumerate(winners):
             majority_right[k] += winner in right  # several numbers can meet a reference with a fraction part
         ties += tied
-        last_right.append(winners[-1] in right[:1])
+        last_right.append(winners[-1] in right)
     questions = len(by_question)
     pass_at = [
         percent(sum(many * (1 - comb(n - c, k) / comb(n, k)) for (n, c), many in drawn.items()), questions)
@@ -370,12 +384,12 @@ def bootstrap_interval(right, n):
 
 
 def vote(answers):
-    """The winner after each answer (-1: nothing read yet), and whether the last vote is tied."""
+    """The winner after each answer (NO_VOTE: nothing read yet), and whether the last vote is tied."""
     counts, winners = Counter(), []
     for answer in answers:
-        if answer != -1:
+        if answer != NO_VOTE:
             counts[answer] += 1
-        winners.append(max(counts, key=counts.get, default=-1))  # of the tied: the first given
+        winners.append(max(counts, key=counts.get, default=NO_VOTE))  # of the tied: the first given
     return winners, list(counts.values()).count(max(counts.values(), default=0)) > 1
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from fractions import Fraction
 from math import comb
 from pathlib import Path
 
@@ -83,6 +84,14 @@ def test_votes_are_counted_by_exact_value(write, score):
     texts = ["#### 0.33333", "#### 0.33334", "#### 0.33334"]  # both meet 1/3 within 1e-4
     (run,) = score(write([line(0, text, "#### 1/3", sample=k) for k, text in enumerate(texts)]))
     assert run["majority_at"] == [100, 100, 100]
+
+
+@pytest.mark.parametrize("number", [18, -1, -2, 2**62, 2**64 + 1, -(2**63), Fraction(1, 3), Fraction(36, 2)])
+def test_a_vote_is_one_for_the_exact_number(number):
+    others = {}
+    votes = {scores.as_vote(other, others) for other in (number, number + 1, number + Fraction(1, 7), None)}
+    assert len(votes) == 4
+    assert scores.as_vote(Fraction(number), others) == scores.as_vote(number, others)
 
 
 def test_questions_are_told_apart_by_exact_id(write, score):
@@ -815,7 +824,7 @@ def test_a_line_break_in_a_command_makes_no_row_and_markup_in_a_name_no_html(wri
     assert len(capsys.readouterr().out.splitlines()) == 2
     benchmark.main([path, write([line(text="")], "b*.jsonl"), "--commands", "--markdown", "--compare"])
     lines = capsys.readouterr().out.splitlines()
-    assert [len(re.split(r"(?<!\\)\|", text)) for text in lines[:4]] == [12] * 4
+    assert [len(re.split(r"(?<!\\)\|", text)) for text in lines[:4]] == [13] * 4
     assert not re.search(r"(?<!\\)[<>!*]", "".join(lines)) and "x\\\\nforged" in lines[2]
 
 
