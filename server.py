@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import ssl
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ WAIT_SECONDS = 0.5  # after its first try, twice as long after each other, at mo
 RETRY_AFTER_SECONDS = 30  # the longest wait that a server may ask for
 FIRST_SECONDS = 4  # after which a server that cannot be reached, and never was, counts as absent
 GRACE_SECONDS = 1  # for answers that are on their way when another one fails for good
+
+TOO_LONG = re.compile("context|too long", re.IGNORECASE)  # in what vLLM, SGLang and llama.cpp say of a long prompt
 
 
 class Refused(UserError):
@@ -99,7 +102,7 @@ def ask_server(
     server = Server(url, model, client, tokenizer, decoding, [*stop, *end_texts(tokenizer)])
     loop = asyncio.new_event_loop()
     try:
-        first = requests[0]
+        first = min(requests, key=lambda request: len(request.prompt_ids))  # the server's context holds it first
         loop.run_until_complete(learn_form(server, Prompt(first.id, prompts[first.id], list(first.prompt_ids))))
         waiting, asked = iter(requests), set()
         while True:
@@ -198,9 +201,14 @@ async def learn_form(server: Server, prompt: Prompt):
 async def complete(server: Server, request: Request, prompt: Prompt) -> Completion:
     """One completion. A thought that is open when its budget is spent is closed, and a second request goes on behind it."""
     budget, most = request.budget, request.max_new_tokens
-    reply = await ask(
-        server, prompt, min(most, budget.tokens) if budget else most, request_seed(server.decoding.seed, request)
-    )
+    try:
+        reply = await ask(
+            server, prompt, min(most, budget.tokens) if budget else most, request_seed(server.decoding.seed, request)
+        )
+    except Refused as error:
+        if not await is_too_long(server, prompt, error):
+            raise
+        return Completion(request.id, request.sample, [], "", "prompt_too_long", len(prompt.ids), 0)
     text, used, forced, finish_reason = reply.text, reply.output_tokens, False, reply.finish_reason
     if budget and finish_reason == "length" and budget.tokens <= used < most:
         text, ids, forced = close_thought(server.tokenizer, budget, reply)
@@ -209,6 +217,20 @@ async def complete(server: Server, request: Request, prompt: Prompt) -> Completi
         rest = await ask(server, behind, most - used, request_seed(server.decoding.seed, request, "behind the thought"))
         text, used, finish_reason = text + rest.text, used + rest.output_tokens, rest.finish_reason
     return Completion(request.id, request.sample, [], text, finish_reason, reply.prompt_tokens, used, forced)
+
+
+async def is_too_long(server: Server, prompt: Prompt, refusal: Refused) -> bool:
+    """Whether the prompt is what the server's context cannot hold: it then refuses a single new token too."""
+    if not TOO_LONG.search(str(refusal)):
+        return False
+    try:
+        await ask(server, prompt, 1, 0)
+    except Refused:
+        log(
+            f"note: the prompt of question {prompt.question} is too long for the server; its empty answer counts as wrong"
+        )
+        return True
+    return False
 
 
 def close_thought(tokenizer, budget: ThinkBudget, reply: Reply) -> tuple[str, list[int], bool]:

@@ -66,8 +66,9 @@ class Fake(BaseHTTPRequestHandler):
             "choices": [choice],
             "usage": usage,
         }
-        status, headers, fault = 200, {"retry-after-ms": "10"}, fault or {}
+        status, headers, told, fault = 200, {"retry-after-ms": "10"}, "no, not now", fault or {}
         if isinstance(fault, dict):
+            told = fault.get("message", told)
             status, headers = fault.get("status", 200), headers | fault.get("headers", {})
             choice |= fault.get("choice", {})
             usage |= fault.get("usage", {})
@@ -76,7 +77,7 @@ class Fake(BaseHTTPRequestHandler):
             return self.connection.shutdown(socket.SHUT_RDWR)
         if fault == "stalled":
             self.server.stall.wait(60)
-        text = json.dumps(reply if status == 200 else {"error": {"message": "no, not now"}})
+        text = json.dumps(reply if status == 200 else {"error": {"message": told}})
         text = {"malformed": text[:40], "empty": "{}", "page": "<html>"}.get(
             fault if isinstance(fault, str) else "", text
         )
@@ -390,6 +391,26 @@ def test_without_the_client_its_package_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         inference.main([*DEMO, "--server", "http://localhost:1", "--limit", "1", "--output", str(tmp_path / "a.jsonl")])
     assert "pip install -r requirements-optional.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("room", ["none", "a little"])
+def test_a_prompt_beyond_the_servers_context_gets_an_empty_answer_and_the_rest_goes_on(room, fake, tmp_path, capsys):
+    refusal_of_length = {"status": 400, "message": "This model's maximum context length is 64 tokens."}
+
+    def fault(number, tries, body):
+        fits = len(body["prompt"]) < 85 or (room == "a little" and body["max_tokens"] == 1)
+        return None if fits else refusal_of_length
+
+    fake.fault, fake.probes = fault, True
+    flags = fake, tmp_path / "a.jsonl", "--limit", 8
+    if room == "a little":  # the limit is too large then, and not the prompt
+        assert "maximum context length" in refusal(capsys, ask, *flags)
+        return
+    ask(*flags)
+    answers = rows(tmp_path / "a.jsonl")
+    too_long = [row for row in answers if row["finish_reason"] == "prompt_too_long"]
+    assert 0 < len(too_long) < len(answers) == 8
+    assert all(row["model_output"] == "" and row["prompt_tokens"] >= 85 for row in too_long)
 
 
 def test_transformers_serve_gives_the_greedy_answers_of_the_local_model(tmp_path):
