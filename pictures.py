@@ -155,22 +155,27 @@ def draw_differences(axis, pairs, count):
             filled = colour if pair.shown else "white"
             axis.plot(-pair.difference, place + below, "o", ms=marker, color=colour, markerfacecolor=filled)
             ends += [-high, -low]
-        told = f"{-pair.difference:+.1f} [{-pair.interval[1]:+.1f}, {-pair.interval[0]:+.1f}]".replace("-", "−")
+        value, low, high = (signed(-bound) for bound in (pair.difference, pair.interval[1], pair.interval[0]))
+        told = f"{value} [{low}, {high}]"
         axis.annotate(told, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axis.axvline(0, color="#999999", linewidth=1)
     room = 0.04 * (max(ends) - min(ends))
     axis.set(xlim=(min(ends) - room, max(ends) + room))
-    shown = f", {len(pairs)} of {count} pairs" if len(pairs) < count else ""
-    axis.set_xlabel(f"difference in points over the same questions, with 95 % interval{shown}")
+    drawn = f" ({len(pairs)} of {count} pairs)" if len(pairs) < count else ""
+    told = f"difference in points over the same questions, with 95 % interval{drawn}"
+    axis.set_xlabel(f"{told}\nfilled where it is shown: p < 0.05 by Holm, and over seeds where there are several")
     names = [f"{wrap_name(pair.second, 40)} − {wrap_name(pair.first, 40)}" for pair in pairs]
     axis.set_yticks(range(len(pairs)), names, fontsize=9)
     axis.set_ylim(len(pairs) - 0.4, -0.6)
-    axis.plot([], [], "-", color="black", label="over questions")
     if any(pair.interval_seeds for pair in pairs):
+        axis.plot([], [], "-", color="black", label="over questions")
         axis.plot([], [], "-", color=SEEDS, label="over seeds")
-    axis.plot([], [], "o", color="black", ms=5, label="shown, p < 0.05 by Holm")
-    axis.plot([], [], "o", color="black", ms=5, markerfacecolor="white", label="not shown")
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
+
+
+def signed(points):
+    """A difference with its sign, to a tenth; what rounds to 0 has none."""
+    return f"{points:+.1f}".replace("-", "−") if abs(points) >= 0.05 else "0.0"
 
 
 def draw_votes(axis, runs, _):

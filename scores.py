@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from math import comb, sqrt
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, mean, variance
 from zlib import crc32
 
 from answers import FORMAT, read_rows, same_text
@@ -290,13 +290,13 @@ def clustered_mean(values, clusters):
     """
     import numpy
 
-    mean = float(values.mean())
-    residuals = values - mean
+    middle = float(values.mean())
+    residuals = values - middle
     if clusters is not None:
         _, cluster = numpy.unique(numpy.asarray(clusters), return_inverse=True)
         residuals = numpy.bincount(cluster, residuals)
     count = len(residuals)
-    return mean, sqrt(count / max(1, count - 1) * (residuals**2).sum()) / len(values), count
+    return middle, sqrt(count / max(1, count - 1) * (residuals**2).sum()) / len(values), count
 
 
 def t95(degrees):
@@ -308,12 +308,11 @@ def t95(degrees):
 
 def seed_interval(shares):
     """The 95 % interval of the mean of one figure a seed: Student's t over seeds. None for a single seed."""
-    from statistics import mean, stdev
-
     if len(shares) < 2:
         return None
-    half = t95(len(shares) - 1) * stdev(shares) / sqrt(len(shares))
-    return mean(shares) - half, mean(shares) + half
+    middle, squared, degrees = mean_of_seeds(shares)
+    half = t95(degrees) * sqrt(squared)
+    return middle - half, middle + half
 
 
 def seed_shares(run, kept=None):
@@ -509,15 +508,15 @@ def paired_difference(differences, clusters):
     """The mean of one difference a question, its 95 % interval (both in points), and p: Student's t over clusters."""
     from scipy.special import stdtr
 
-    mean, error, count = clustered_mean(differences, clusters)
+    middle, error, count = clustered_mean(differences, clusters)
     if count < 2:
         low, high, p = -1.0, 1.0, 1.0
     elif error:
         half = t95(count - 1) * error
-        low, high, p = mean - half, mean + half, 2 * float(stdtr(count - 1, -abs(mean) / error))
+        low, high, p = middle - half, middle + half, 2 * float(stdtr(count - 1, -abs(middle) / error))
     else:  # every question differs alike
-        low, high, p = mean, mean, 0.0 if mean else 1.0
-    return percent(mean, 1), (percent(low, 1), percent(high, 1)), p
+        low, high, p = middle, middle, 0.0 if middle else 1.0
+    return percent(middle, 1), (percent(low, 1), percent(high, 1)), p
 
 
 def difference_over_seeds(a, b, shared):
@@ -526,19 +525,24 @@ def difference_over_seeds(a, b, shared):
     Of one pooled run Student's t over its seeds; of two Welch's, for the seeds of two trainings are no pairs.
     """
     import numpy
-    from scipy.stats import ttest_ind
 
     if len(a.paths) == len(b.paths) == 1:
         return None
-    shares_a, shares_b = (seed_shares(run, numpy.isin(numpy.asarray(run.rows.texts), shared)) for run in (a, b))
-    if len(shares_b) == 1:
-        return seed_interval([share - shares_b[0] for share in shares_a])
-    if len(shares_a) == 1:
-        return seed_interval([shares_a[0] - share for share in shares_b])
-    if len({*shares_a}) == len({*shares_b}) == 1:
-        return (shares_a[0] - shares_b[0],) * 2
-    low, high = ttest_ind(shares_a, shares_b, equal_var=False).confidence_interval()
-    return float(low), float(high)
+    samples = [seed_shares(run, numpy.isin(numpy.asarray(run.rows.texts), shared)) for run in (a, b)]
+    (mean_a, error_a, degrees_a), (mean_b, error_b, degrees_b) = map(mean_of_seeds, samples)
+    squared = error_a + error_b
+    if not squared:
+        return (mean_a - mean_b,) * 2
+    degrees = squared**2 / (error_a**2 / max(1, degrees_a) + error_b**2 / max(1, degrees_b))
+    half = t95(degrees) * sqrt(squared)
+    return mean_a - mean_b - half, mean_a - mean_b + half
+
+
+def mean_of_seeds(shares):
+    """The mean, its squared standard error and degrees of freedom; a single seed counts as without error."""
+    if len(shares) == 1:
+        return shares[0], 0.0, 0
+    return mean(shares), variance(shares) / len(shares), len(shares) - 1
 
 
 PUBLISHED_FILE = Path(__file__).parent / "results" / "published.json"

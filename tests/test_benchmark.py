@@ -879,7 +879,8 @@ def test_no_two_texts_of_a_picture_overlap(drawn):
     """Runs that come to about the same, as the demo's recipes do."""
     folder = ROOT / "results" / "demo" / "model"
     names = ["thinking-4096", *(f"thinking-budget-{n}" for n in (32, 64, 128, 256)), "maj8", "base-prefill-1024"]
-    figure = drawn(*(str(folder / f"{name}.jsonl.gz") for name in names), "--compare")
+    names += [f"{recipe}-seed{seed}" for recipe in ("sft-without-annotations", "lora-r4") for seed in (1, 2)]
+    figure = drawn(*(str(folder / f"{name}.jsonl.gz") for name in names), "--compare", "--pool-seeds")
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
     width, height = figure.canvas.get_width_height()
     for place, (text, box) in enumerate(boxes):
