@@ -12,6 +12,7 @@ from reading import STATUSES
 from scores import (
     READINGS,
     accuracy_interval,
+    can_be_read,
     count_votes,
     has_votes,
     made_by,
@@ -29,14 +30,15 @@ from scores import (
 
 def summary(run, published, comparisons):
     """What --json prints of a file: counts of lines, accuracies and intervals in percent."""
+    by_rule = can_be_read(run, "published")
     facts = {
         "path": str(run.path),
         "n": run.n,
         "questions": run.questions,
         "skipped": run.skipped,
-        "correct_published": run.counts["published"],
-        "accuracy_published": percent(run.counts["published"], run.n),
-        "interval_published": accuracy_interval(run, "published"),
+        "correct_published": run.counts["published"] if by_rule else None,
+        "accuracy_published": percent(run.counts["published"], run.n) if by_rule else None,
+        "interval_published": accuracy_interval(run, "published") if by_rule else None,
         "correct": run.counts["right"],
         "accuracy": percent(run.counts["right"], run.n),
         "interval": accuracy_interval(run, "right"),
@@ -45,6 +47,7 @@ def summary(run, published, comparisons):
         "interval_lenient": accuracy_interval(run, "lenient"),
         **{status: run.counts[status] for status in STATUSES[1:]},
         "truncated": truncated(run),
+        "prompt_too_long": run.counts["prompt_too_long"],
         "forced": run.counts["forced"] if run.counts["forced_lines"] else None,
         "ran_on": run.counts["ran_on"],
         "no_answer_right": run.counts["no_answer_right"],
@@ -74,6 +77,9 @@ def report(runs, published, comparisons, options):
     lines = [bullet + note for note in notes(runs, comparisons, show)]
     if lines:
         print("\n" + "\n".join(lines))
+
+
+NOT_READ = "–"  # a reading that cannot be applied to these references
 
 
 def run_table(runs, published, commands=False):
@@ -109,7 +115,10 @@ def run_cells(run, published, header):
         "tokens": None if tokens is None else f"{tokens:,.0f}",
     }
     for reading, title in READINGS.items():
-        cells[f"{title} %"] = with_interval(percent(run.counts[reading], run.n), accuracy_interval(run, reading))
+        share = percent(run.counts[reading], run.n)
+        cells[f"{title} %"] = (
+            with_interval(share, accuracy_interval(run, reading)) if can_be_read(run, reading) else NOT_READ
+        )
     if "command" in header:
         cells |= made_by(run)
     return [cells[column] or "-" for column in header]
@@ -128,7 +137,8 @@ def comparison_table(comparisons):
     table = [[*header, "right in first only", "in second only", "p", "p (Holm)"]]
     for pair in comparisons:
         cells = [pair.first, pair.second, f"{pair.questions:,}"]
-        cells += [with_interval(*pair.by_reading[reading], "+") for reading in READINGS]
+        found = [pair.by_reading[reading] for reading in READINGS]
+        cells += [with_interval(*difference, "+") if difference else NOT_READ for difference in found]
         cells += [bounds(pair.interval_seeds, "+") if pair.interval_seeds else "-"] if seeds else []
         cells += [f"{pair.first_only:,}", f"{pair.second_only:,}", f"{pair.p:.2g}", f"{pair.p_holm:.2g}"]
         table.append(cells)
@@ -220,6 +230,10 @@ def run_notes(run):
         yield f"{run.skipped:,} lines could not be read and are left out"
     if counts["no_gold"]:
         yield f"{counts['no_gold']:,} lines are left out: --gold does not hold their questions"
+    if counts["prompt_too_long"]:
+        yield f"{counts['prompt_too_long']:,} prompts were too long for the model; their empty answers count as wrong"
+    if counts["without_marker"]:
+        yield f"{counts['without_marker']:,} references have no `####`, so the published rule cannot be applied"
     if counts["unfinished"] > MISLEADING * run.n:
         of_those = f"; of those that did, {percent(right, finished):.0f} % were right" if finished else ""
         counted = f" (the published rule counts {counts['unfinished_published']:,} of them right)"

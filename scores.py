@@ -183,11 +183,14 @@ def score_rows(path, format, prefilled, keep):
         counts["question_bytes"] += len(row.question) + len(row.answer)
         counts[status] += 1
         counts["ran_on"] += reading.ran_on
-        published = score_published(row.text, row.answer)
+        marked = "####" in row.answer  # what the published rule reads of a reference
+        published = marked and score_published(row.text, row.answer)
+        counts["without_marker"] += not marked
         counts["published"] += published
         if row.finish_reason is not None:
             counts["finish_reason"] += 1
             counts["truncated"] += row.finish_reason == "length"
+            counts["prompt_too_long"] += row.finish_reason == "prompt_too_long"
         if row.output_tokens is not None:
             counts["output_tokens_lines"] += 1
             counts["output_tokens"] += row.output_tokens
@@ -238,6 +241,11 @@ def count_questions(path, rows):
 
 def percent(part, whole):
     return 100 * part / whole
+
+
+def can_be_read(run, reading):
+    """Whether a reading can be applied: the published rule needs references with `####`."""
+    return reading != "published" or not run.counts["without_marker"]
 
 
 def accuracy_interval(run, reading):
@@ -408,7 +416,7 @@ class Comparison:
     difference: float  # first - second
     interval: tuple  # 95 %, of the paired difference
     interval_seeds: tuple | None  # 95 %, over the seeds of --pool-seeds
-    by_reading: dict  # the difference and its interval by each of READINGS
+    by_reading: dict  # the difference and its interval by each of READINGS; None where one cannot be applied
     first_only: int  # questions where the first run is right and the second is not, or right more often
     second_only: int
     test: str
@@ -488,7 +496,10 @@ def compare(a, b, questions_a, questions_b):
         difference,
         interval,
         difference_over_seeds(a, b, shared),
-        {reading: found[:2] for reading, found in by_reading.items()},
+        {
+            reading: found[:2] if can_be_read(a, reading) and can_be_read(b, reading) else None
+            for reading, found in by_reading.items()
+        },
         first_only,
         second_only,
         test,

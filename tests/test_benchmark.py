@@ -887,3 +887,26 @@ def test_no_two_texts_of_a_picture_overlap(drawn):
         assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text
         for other, other_box in boxes[place + 1 :]:
             assert not box.overlaps(other_box), (text, other)
+
+
+def test_the_published_rule_shows_a_dash_where_references_are_bare_numbers(write, score, capsys):
+    bare = [
+        line(0) | {"ground_truth_answer": "18"},
+        line(1, text="#### 2.0107e-6") | {"ground_truth_answer": "2.01e-06"},
+    ]
+    path = write(bare)
+    (run,) = score(path)
+    assert run["accuracy_published"] is run["interval_published"] is run["correct_published"] is None
+    benchmark.main([path, write(bare, "b.jsonl"), "--compare"])
+    out = capsys.readouterr().out
+    table, comparison = out.split("\n\n")[:2]
+    assert all(" – " in row for row in table.splitlines()[1:]) and " – " in comparison.splitlines()[1]
+    assert "2 references have no `####`" in out
+
+
+def test_prompts_that_were_too_long_are_counted_and_wrong(write, score, capsys):
+    path = write([line(0), line(1, text="") | {"finish_reason": "prompt_too_long"}])
+    (run,) = score(path)
+    assert (run["prompt_too_long"], run["accuracy"]) == (1, 50)
+    benchmark.main([path])
+    assert "1 prompts were too long for the model; their empty answers count as wrong" in capsys.readouterr().out
