@@ -109,12 +109,24 @@ def measured_rates(setup):
     if not made["seconds"]:
         return DEFAULT_RATES | {"source": "on two CPU cores"} if Path(setup.model).name == "Qwen3-0.6B" else None
     generated = made["output_tokens"] / made["seconds"]
+    tokens, seconds = trained_so_far(setup)
+    if seconds:
+        return {"generated": generated, "trained": tokens / seconds, "source": "by this model's run records"}
     trained = generated * DEFAULT_RATES["trained"] / DEFAULT_RATES["generated"]
-    return {
-        "generated": generated,
-        "trained": trained,
-        "source": "the first by this model's run records, the second computed from it",
-    }
+    source = "the first by this model's run records, the second computed from it"
+    return {"generated": generated, "trained": trained, "source": source}
+
+
+def trained_so_far(setup):
+    """(tokens trained on, seconds) of the finished trainings by their records. The seconds hold their evaluation too."""
+    tokens = seconds = 0
+    paths = {path.parent.name: path for path in setup.trained.glob("*/train.run.json")}
+    paths |= {path.name.removesuffix(".run.json"): path for path in (setup.results / "train").glob("*.run.json")}
+    for record in map(record_in, paths.values()):
+        if record.get("result"):
+            tokens += record["result"]["step"] * record["decides"]["batch_size"] * EXAMPLE_TOKENS
+            seconds += sum(segment.get("seconds") or 0 for segment in record["segments"])
+    return tokens, seconds
 
 
 def record_in(path):

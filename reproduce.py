@@ -528,7 +528,7 @@ HEADINGS = {
     "recipes": "Better recipes",
     "past": "Past the published accuracy",
     "real": "Prompted, and fine-tuned in cot",
-    "real-own": "Trained on own right answers",
+    "real-own": "Trained on own right answers; of-train-cot is their source, on train questions",
     "rates": "Learning rates",
 }
 BASES = {"recipes": "base-prefill-1024", "past": "thinking-4096", "real-own": "cot"}  # stands beside the group

@@ -163,7 +163,11 @@ def test_the_list_takes_rates_and_lengths_from_the_records_that_are_there(reprod
     record = common.read_json(reproduced / "outputs/cot_model_outputs.run.json")["segments"][0]
     (row,) = reproduce.choose(reproduce.experiments(SMALL), ["cot_model_outputs"])
     assert costs.answer_tokens(row, setup) == (5, record["output_tokens"])
-    assert costs.measured_rates(setup)["generated"] > 0
+    records = [common.read_json(path) for path in (reproduced / "outputs/train").glob("*/train.run.json")]
+    seconds = sum(record["segments"][0]["seconds"] for record in records)
+    tokens = sum(record["decides"]["batch_size"] * 2 for record in records) * costs.EXAMPLE_TOKENS
+    rates = costs.measured_rates(setup)
+    assert rates["trained"] == pytest.approx(tokens / seconds) and rates["generated"] > 0
 
 
 # ---- Running
