@@ -168,24 +168,20 @@ def train_in_folder(args, record, build_trainer, ask, next_command):
     return 0
 
 
+ALWAYS = "Always so: AdamW and gradients clipped to norm 1 (transformers' defaults), no weight decay (Stanford Alpaca's)."
+
+
 def build_parser(prog, description, learning_rate, rate_source):
-    fixed = "Always so: AdamW and gradients clipped to norm 1 (transformers' defaults), no weight decay (Stanford Alpaca's)."
+    """The flags of training on examples."""
     parser = ArgumentParser(
-        prog, description=description, epilog=fixed, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog, description=description, epilog=ALWAYS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_shared_flags(parser)
     add = parser.add_argument
-    add(
-        "--model-id",
-        default="Qwen/Qwen3-0.6B",
-        help="hub id or folder of the model to start from (default %(default)s)",
-    )
-    add_data_flags(parser)
-    add("--output-dir", type=Path, required=True, help="folder for the model, its checkpoints, logs and run record")
     add("--mode", choices=TRAINED_MODES,
         help="prompt to train on, as inference.py asks it (default that of --completions, else chatml_think_prefill, "
         "or cot where the tokenizer lacks ChatML's tokens)")  # fmt: skip
     add("--epochs", type=at_least(1), default=3, help="passes over the training part (default 3: Stanford Alpaca's)")
-    add("--max-steps", type=at_least(1), help="stop after so many steps, whatever --epochs says")
     add("--learning-rate", type=above_0, default=learning_rate, help=f"peak (default %(default)g: {rate_source})")
     add("--lr-scheduler", choices=SCHEDULERS, default="cosine", help="(default %(default)s: Stanford Alpaca's)")
     add("--warmup", type=from_0, default=0.03,
@@ -193,26 +189,35 @@ def build_parser(prog, description, learning_rate, rate_source):
     add("--batch-size", type=at_least(1), default=16,
         help="examples a step, over all processes and accumulated parts (default %(default)s: QLoRA's)")  # fmt: skip
     add("--gradient-accumulation", type=at_least(1), default=1,
-        help="parts that a process cuts its share of the batch into (default 1, more where memory is short)")  # fmt: skip
-    add("--device", help="cpu, cuda, mps or xpu (default the accelerator that is there, else cpu)")
-    add("--dtype", choices=("fp32", "bf16"), help="precision of compute (default bf16 on CUDA that has it, else fp32)")
-    add(
-        "--seed", type=at_least(0), default=42, help="of split, order and adapters (default %(default)s: transformers')"
-    )
-    add("--eval-size", type=at_least(1), default=500, help="train questions to hold out (default %(default)s)")
-    add("--eval-questions", type=at_least(0), default=500,
-        help="held-out questions to answer after every epoch; their eval_score picks the checkpoint, with 0 "
-        "eval_loss does (default %(default)s: a standard error of 2.2 points)")  # fmt: skip
-    add("--patience", type=at_least(1), help="stop after so many evaluations without a new best (default never)")
+        help="parts that a process cuts its share of the batch into (default 1)")  # fmt: skip
     add("--strip-annotations", action="store_true", help="train on answers without GSM8K's <<48/2=24>>")
     add("--completions", type=Path, metavar="FILE.jsonl",
         help="train on the model's own right answers, as benchmark.py --keep-correct writes them, not on the references")  # fmt: skip
+    return parser
+
+
+def add_shared_flags(parser: ArgumentParser) -> None:
+    """The flags of every training: what is trained, on what data, how it is evaluated, where it goes."""
+    add = parser.add_argument
+    add("--model-id", default="Qwen/Qwen3-0.6B",
+        help="hub id, folder or GGUF file of the model to start from (default %(default)s)")  # fmt: skip
+    add_data_flags(parser)
+    add("--output-dir", type=Path, required=True, help="folder for the model, its checkpoints, logs and run record")
+    add("--max-steps", type=at_least(1), help="stop after so many steps, whatever --epochs says")
+    add("--device", help="cpu, cuda, mps or xpu (default the accelerator that is there, else cpu)")
+    add("--dtype", choices=("fp32", "bf16"), help="precision of compute (default bf16 on CUDA that has it, else fp32)")
+    add("--seed", type=at_least(0), default=42,
+        help="of split, order, sampling and adapters (default %(default)s: transformers')")  # fmt: skip
+    add("--eval-size", type=at_least(1), default=500, help="train questions to hold out (default %(default)s)")
+    add("--eval-questions", type=at_least(0), default=500,
+        help="held-out questions to answer in every evaluation; their eval_score picks the checkpoint, with 0 "
+        "eval_loss does (default %(default)s: a standard error of 2.2 points)")  # fmt: skip
+    add("--patience", type=at_least(1), help="stop after so many evaluations without a new best (default never)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir, if there is one")
     add("--overwrite", nargs="?", const="always", choices=("always", "changed"),
         help="drop the run that --output-dir holds and begin anew; `changed`: only where it was made by another "
         "command, else --resume")  # fmt: skip
     add("--push-to-hub", metavar="REPO_ID", help="upload the finished folder to the hub")
-    return parser
 
 
 def number(fits, wanted):
