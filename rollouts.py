@@ -7,6 +7,8 @@ completions and the rewards of this project. What it shares with training on exa
 import contextlib
 import copy
 import hashlib
+import itertools
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -21,7 +23,7 @@ from data import Question
 from generation import Request, generate
 from reading import score_final
 from scores import ASKED_FORMAT
-from trainer import Scored, common_settings, epoch_order
+from trainer import Scored, common_settings, epoch_order, evaluations
 
 warnings.filterwarnings("ignore", ".*rollout_func.*")  # TRL calls it experimental; the pinned version has it
 
@@ -96,6 +98,11 @@ class GroupOrder:
 class GroupTrainer(Scored, GRPOTrainer):
     """Learns to prefer the right completions of a question to its wrong ones."""
 
+    curves = (
+        ("right, % of completions", ("right",)),
+        ("tokens a completion", ("completions/mean_length",)),
+    )
+
     def __init__(
         self,
         *,
@@ -119,7 +126,9 @@ class GroupTrainer(Scored, GRPOTrainer):
         super().__init__(
             args=args,
             reward_funcs=list(weights),
-            train_dataset=Dataset.from_list([{"prompt": ask(item.question), "answer": item.answer} for item in questions]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": ask(item.question), "answer": item.answer} for item in questions]
+            ),
             rollout_func=self.roll_out,
             **settings,
         )
@@ -154,8 +163,8 @@ class GroupTrainer(Scored, GRPOTrainer):
         what else is sampled with it, nor on the number of processes.
         """
         everyone = gathered(prompts)  # a group may be spread over processes, and its samples are numbered through
-        before = sum(everyone[: self.accelerator.process_index], []) if len(everyone) > 1 else []
-        samples, numbers = Counter(before), []
+        before = everyone[: self.accelerator.process_index]
+        samples, numbers = Counter(itertools.chain.from_iterable(before)), []
         for prompt in prompts:
             numbers.append(samples[prompt])
             samples[prompt] += 1
@@ -166,12 +175,10 @@ class GroupTrainer(Scored, GRPOTrainer):
             for prompt, number, ids in zip(prompts, numbers, prompt_ids, strict=True)
         ]
         decoding = step_decoding(self.rollouts.decoding, self.args.seed, self.state.global_step)
-        model = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
         with self.accelerator.autocast(), named_divergence(self.state.global_step):
             done = {
                 (item.id, item.sample): item
-                for item in generate(model, tokenizer, requests, decoding, note=lambda line: None)
+                for item in generate(self.answering_model(), tokenizer, requests, decoding, note=lambda line: None)
             }
         completions = [done[request.id, request.sample] for request in requests]
         return {
@@ -195,7 +202,9 @@ class GroupTrainer(Scored, GRPOTrainer):
                 strict=True,
             )
         )
-        for name, share in zip(SHARES, step_shares(sum(gathered(notes), []), self.rollouts.completions), strict=True):
+        for name, share in zip(
+            SHARES, step_shares(itertools.chain.from_iterable(gathered(notes)), self.rollouts.completions), strict=True
+        ):
             log_metric(name, share)
         return [float(status == "right") for status in statuses]
 
@@ -203,9 +212,24 @@ class GroupTrainer(Scored, GRPOTrainer):
         """1 for a text that ends in `#### N`, right or wrong."""
         return [float(is_in_asked_format(one)) for one in text]
 
+    def summary(self) -> list[str]:
+        """What became of the completions over the training, in ten parts of its steps."""
+        entries = [entry for entry in self.state.log_history if SHARES[0] in entry]
+        header = ["steps", *(name.replace("_", " ") + ", %" for name in SHARES), "tokens a completion"]
+        lines = [" | ".join(["", *header, ""]).strip(), "| --- |" + " ---: |" * (len(header) - 1)]
+        size = max(1, math.ceil(len(entries) / 10))
+        before = 0
+        for start in range(0, len(entries), size):
+            part = entries[start : start + size]
+            means = [sum(entry[name] for entry in part) / len(part) for name in (*SHARES, "completions/mean_length")]
+            cells = [f"{before + 1}-{part[-1]['step']}", *(f"{mean:.1f}" for mean in means)]
+            lines.append("| " + " | ".join(cells) + " |")
+            before = part[-1]["step"]
+        return [*lines, "", "Groups whose answers are all right or all wrong teach nothing.", ""]
+
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """The last step is evaluated too, and may be the one that is kept."""
-        if self.state.global_step == self.state.max_steps:
+        if self.state.global_step == self.state.max_steps and self.state.global_step not in evaluations(self):
             self.control.should_evaluate = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -223,7 +247,9 @@ def named_divergence(step: int):
     try:
         yield
     except UserError as error:
-        raise UserError(f"--learning-rate: the training has diverged after step {step} ({error}); pass a smaller one") from error
+        raise UserError(
+            f"--learning-rate: the training has diverged after step {step} ({error}); pass a smaller one"
+        ) from error
 
 
 def is_in_asked_format(text: str) -> bool:

@@ -78,7 +78,17 @@ def main(argv=None):
 def fine_tune(args, build_model):
     """The whole job. `build_model(args, files, device)` returns the model; its weights that require gradients are trained."""
     from model import choose_device, find_model, load_tokenizer, positions
-    from trainer import HeldOut, ScoredTrainer, build_config, choose_pad_token, longest_completion, make_savable
+    from trainer import (
+        AT_ONCE,
+        AT_ONCE_ELSEWHERE,
+        HeldOut,
+        ScoredTrainer,
+        build_config,
+        choose_pad_token,
+        length,
+        longest_completion,
+        make_savable,
+    )
 
     device = choose_device(args.device)
     check_arguments(args, device)
@@ -90,13 +100,7 @@ def fine_tune(args, build_model):
     training, held_out = split_questions(args.dataset, questions, args.eval_size, args.seed)
     own = read_completions(args.completions, args.dataset, training + held_out) if args.completions else []
     mode, system_prompt = choose_mode(args.mode, own, tokenizer)
-    style = choose_style(mode, tokenizer)
-    now = (
-        read_first_start(args.output_dir, args.overwrite)
-        if uses_template(mode, style) and has_date(tokenizer)
-        else None
-    )
-    asked = {"few_shot_style": style, "system_prompt": system_prompt, "now": now}
+    asked = choose_asking(args, mode, system_prompt, tokenizer)
     ask = partial(build_prompt, mode, tokenizer=tokenizer, **asked)
     end = end_of_turn(mode, tokenizer)
     if own:
@@ -111,10 +115,9 @@ def fine_tune(args, build_model):
     if len(examples) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size}: more than the {len(examples)} examples there are to train on")
     show_examples(examples[:2], tokenizer)
-    at_once = fit_into_memory(args, model, device, examples)
-    record = run_record(args, files, mode, training, held_out, pairs[0], device, at_once)
-    if now:
-        record["segments"][-1]["template_time"] = now.isoformat()
+    most = AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE)
+    at_once = fit_into_memory(args, model, device, max(map(length, examples)), most)
+    record = run_record(args, files, mode, asked, training, held_out, pairs[0], device, at_once)
 
     def build_trainer(resumed: bool):
         choose_pad_token(model, tokenizer, end.token)
@@ -129,16 +132,24 @@ def fine_tune(args, build_model):
             patience=args.patience,
         )
 
-    return train_in_folder(
-        args, record, build_trainer, ask, inference_command(args.output_dir, mode, style, system_prompt)
-    )
+    lesson = "right answers of its own" if own else "reference answers"
+    next_command = inference_command(args.output_dir, mode, asked["few_shot_style"], system_prompt)
+    return train_in_folder(args, record, build_trainer, ask, lesson, next_command)
 
 
-def train_in_folder(args, record, build_trainer, ask, next_command):
+def choose_asking(args, mode: str, system_prompt: str | None, tokenizer) -> dict:
+    """How `build_prompt` asks: style, system prompt, and the time that a template with a date shows, that of the first start."""
+    style = choose_style(mode, tokenizer)
+    dated = uses_template(mode, style) and has_date(tokenizer)
+    now = read_first_start(args.output_dir, args.overwrite) if dated else None
+    return {"few_shot_style": style, "system_prompt": system_prompt, "now": now}
+
+
+def train_in_folder(args, record, build_trainer, ask, lesson: str, next_command: str):
     """Claim --output-dir, train in it or go on there, leave the finished model, and upload it where that is asked for.
 
     build_trainer(resumed) returns the trainer, a `trainer.Scored`. ask(question) is the prompt that the
-    card shows, next_command what to run with the finished model.
+    card shows, lesson what it says was learned from, next_command what to run with the finished model.
     """
     from safetensors import SafetensorError
 
@@ -159,7 +170,7 @@ def train_in_folder(args, record, build_trainer, ask, next_command):
             spent = {"seconds": round(time.perf_counter() - begun, 3), "peak_memory": peak_memory()}
             record["segments"][-1].update(spent)
             with named_save_errors(args.output_dir, (OSError, RuntimeError, SafetensorError)):
-                finish(args, trainer, record, ask)
+                finish(args, trainer, record, ask, lesson)
             log(f"{args.output_dir}: finished; {next_command}")
             wait_for_all()  # a launcher stops the rest as soon as one process has ended badly
         part_from_all()
@@ -168,7 +179,9 @@ def train_in_folder(args, record, build_trainer, ask, next_command):
     return 0
 
 
-ALWAYS = "Always so: AdamW and gradients clipped to norm 1 (transformers' defaults), no weight decay (Stanford Alpaca's)."
+ALWAYS = (
+    "Always so: AdamW and gradients clipped to norm 1 (transformers' defaults), no weight decay (Stanford Alpaca's)."
+)
 
 
 def build_parser(prog, description, learning_rate, rate_source):
@@ -491,7 +504,7 @@ def show_examples(examples: list[dict], tokenizer) -> None:
         )
 
 
-def run_record(args, files, mode, training, held_out, pair, device, at_once):
+def run_record(args, files, mode, asked, training, held_out, pair, device, at_once):
     """What decides the weights and what describes this run, as inference.py records it."""
     decides = {name: getattr(args, name) for name in DECIDING_FLAGS if hasattr(args, name)}
     if mode != "chatml_think_prefill" and not args.completions:  # else it is in none of the records made before
@@ -513,6 +526,8 @@ def run_record(args, files, mode, training, held_out, pair, device, at_once):
         "at_once": at_once,
         "seconds": None,
     } | describe_run(device)
+    if asked["now"]:
+        segment["template_time"] = asked["now"].isoformat()
     return {"decides": decides, "segments": [segment], "result": None}
 
 
@@ -524,17 +539,18 @@ def load_full_model(args, files, device):
     return load_model(files, "fp32", device).requires_grad_()  # a merged adapter leaves its base frozen
 
 
-def fit_into_memory(args, model, device, examples: list[dict]) -> int:
-    """How many sequences go through the model together, by estimate; UserError where memory is too small for one."""
+def fit_into_memory(args, model, device, longest: int, most: int) -> int:
+    """How many sequences go through the model together, by estimate; UserError where memory is too small for one.
+
+    longest: tokens of the longest sequence. most: how many are enough.
+    """
     from model import free_memory
-    from trainer import AT_ONCE, AT_ONCE_ELSEWHERE, length
 
     free = free_memory(device)
     state = 12 * trainable(model)  # gradient and AdamW's two moments, in fp32; the weight, 4 more, is loaded already
     element = 2 if args.dtype == "bf16" else 4
-    longest = max(map(length, examples))
     sequence = longest * activation_bytes_per_token(model, element, fused_head=device.type == "cuda")
-    most = min(AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE), args.batch_size)
+    most = min(most, args.batch_size)
     at_once = next((count for count in range(most, 0, -1) if state + count * sequence <= free), None)
     if at_once is None:
         raise UserError(
@@ -570,7 +586,7 @@ def activation_bytes_per_token(model, element, fused_head):
     return config.num_hidden_layers * layer * element + (0 if fused_head else 3 * 4 * config.vocab_size)
 
 
-def finish(args, trainer, record, ask):
+def finish(args, trainer, record, ask, lesson: str):
     """The model with its tokenizer, the trainer's state, curves, card and record; then no more checkpoints."""
 
     from model import merge
@@ -590,11 +606,13 @@ def finish(args, trainer, record, ask):
     wait_for_all()  # until each has read the best checkpoint
     if not is_main():
         return
-    write_atomically(args.output_dir / "README.md", model_card(args, trainer, ask))
-    draw_curves(trainer.state.log_history, args.output_dir / "training.png")
+    write_atomically(args.output_dir / "README.md", model_card(args, trainer, ask, lesson))
+    draw_curves(trainer.state.log_history, trainer.curves, args.output_dir / "training.png")
     record["result"] = best
     write_record(args.output_dir, record)
     drop_checkpoints(args.output_dir)
+    for line in trainer.summary():
+        log(line)
     if not improved(trainer):
         log(NOT_IMPROVED)
 
@@ -618,7 +636,7 @@ def call_hub(method, name, **arguments):
         raise UserError(f"--push-to-hub {name}: {first_line(error)}") from error
 
 
-def model_card(args, trainer, ask) -> str:
+def model_card(args, trainer, ask, lesson: str) -> str:
     from trainer import NOT_IMPROVED, evaluations, improved
 
     best = trainer.state.best_global_step
@@ -628,7 +646,6 @@ def model_card(args, trainer, ask) -> str:
         kept = "kept" if step == best else ""
         rows.append(f"| {step} | {row['epoch']:.2f} | {row['eval_loss']:.4f} | {score} | {kept} |")
     method = f"LoRA of rank {args.rank}" if hasattr(args, "rank") else "all weights"
-    targets = "right answers of its own" if args.completions else "reference answers"
     on_hub = not Path(args.model_id).exists()
     length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"
     library = "peft" if hasattr(args, "rank") and not args.merge else "transformers"
@@ -642,7 +659,7 @@ def model_card(args, trainer, ask) -> str:
             "",
             f"# {plain_markdown(args.model_id)} fine-tuned on {plain_markdown(args.dataset)}",
             "",
-            f"Fine-tuned ({method}) on {targets}: {length} at most, learning rate {args.learning_rate:g},",
+            f"Fine-tuned ({method}) on {lesson}: {length} at most, learning rate {args.learning_rate:g},",
             f"{args.lr_scheduler}, warm-up {args.warmup:g}, batch {args.batch_size}, {args.dtype}, seed {args.seed}. Scores are of {len(trainer.held_out.questions)} questions",
             "held out of the train split, in percent with their standard error; the test split was not read.",
             "",
@@ -651,6 +668,7 @@ def model_card(args, trainer, ask) -> str:
             *rows,
             "",
             *([] if improved(trainer) else [NOT_IMPROVED, ""]),
+            *trainer.summary(),
             "It was trained to go on from this prompt:",
             "",
             code_block(ask("QUESTION")),
@@ -659,24 +677,27 @@ def model_card(args, trainer, ask) -> str:
     )
 
 
-def draw_curves(history, path):
-    """A PNG with the loss, trained and held out, over the steps, and eval_score below it."""
+def draw_curves(history: list[dict], curves: tuple, path: Path) -> None:
+    """A PNG with a panel for each (label, names in the log) of `curves`, and one for eval_score, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    scored = [row for row in history if "eval_score" in row]
-    figure, axes = pyplot.subplots(1 + bool(scored), sharex=True, figsize=(8, 6), layout="constrained", squeeze=False)
-    for name, mark in (("loss", "-"), ("eval_loss", "o-")):
-        rows = [row for row in history if name in row]
-        axes[0, 0].plot([row["step"] for row in rows], [row[name] for row in rows], mark, label=name)
-    axes[0, 0].set_ylabel("loss a token")
-    axes[0, 0].legend()
+    scored = [entry for entry in history if "eval_score" in entry]
+    panels = len(curves) + bool(scored)
+    figure, axes = pyplot.subplots(panels, sharex=True, figsize=(8, 3 * panels), layout="constrained", squeeze=False)
+    for axis, (label, names) in zip(axes[:, 0], curves, strict=False):
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            axis.plot(*zip(*points, strict=True), "o-" if name.startswith("eval") else "-", label=name)
+        axis.set_ylabel(label)
+        if len(names) > 1:
+            axis.legend()
     if scored:
-        columns = ([row[name] for row in scored] for name in ("step", "eval_score", "eval_score_stderr"))
-        axes[1, 0].errorbar(*columns, fmt="o-", capsize=3)
-        axes[1, 0].set_ylabel("eval_score, % ± standard error")
+        columns = ([entry[name] for entry in scored] for name in ("step", "eval_score", "eval_score_stderr"))
+        axes[-1, 0].errorbar(*columns, fmt="o-", capsize=3)
+        axes[-1, 0].set_ylabel("eval_score, % ± standard error")
     axes[-1, 0].set_xlabel("step")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -18,19 +18,24 @@ from functools import partial
 
 from common import (
     MODES,
+    ArgumentParser,
+    Decoding,
     UserError,
     at_least,
     build_prompt,
     command_line,
     log,
-    processes,
 )
-from data import load_questions
+from data import Columns, load_questions
 from train import (
+    ALWAYS,
+    SCHEDULERS,
+    TRAINED_MODES,
     above_0,
     add_shared_flags,
     check_arguments,
     check_output_dir,
+    choose_asking,
     choose_mode,
     encode_examples,
     end_of_turn,
@@ -85,9 +90,16 @@ def parse_args(argv):
     add("--learning-rate", type=above_0,
         help=f"peak (default 1e-6: {config}, {deepseek}; with --rank 1e-5, for LoRA wants some ten times the full rate)")  # fmt: skip
     add("--lr-scheduler", choices=SCHEDULERS, default="constant", help=f"(default %(default)s: {deepseek}'s)")
-    add("--warmup", type=from_0, default=0.0, help=f"share of the steps, or from 1 on their number (default 0: {config})")
+    add(
+        "--warmup",
+        type=from_0,
+        default=0.0,
+        help=f"share of the steps, or from 1 on their number (default 0: {config})",
+    )
     add("--epochs", type=at_least(1), default=1, help="passes over the training part (default %(default)s)")
-    add("--eval-steps", type=at_least(1), default=50, help="steps from one evaluation to the next (default %(default)s)")
+    add(
+        "--eval-steps", type=at_least(1), default=50, help="steps from one evaluation to the next (default %(default)s)"
+    )
     add("--rank", type=at_least(1, 1024), help="train LoRA adapters of this rank (default none: all weights)")
     add("--merge", action="store_true", help="with --rank: write the full model, adapters added, and no adapter")
     # What the shared steps of training ask for and what is no choice here.
@@ -98,9 +110,9 @@ def parse_args(argv):
     if not args.eval_questions:
         raise UserError("--eval-questions 0: the held-out score picks the checkpoint; pass 1 or more")
     args.learning_rate = args.learning_rate or RATES["lora" if args.rank else "full"]
-    args.max_completion_length = args.max_completion_length or COMPLETION_LENGTH[
-        "thinking" if MODES[args.mode].thinks else "plain"
-    ]
+    args.max_completion_length = (
+        args.max_completion_length or COMPLETION_LENGTH["thinking" if MODES[args.mode].thinks else "plain"]
+    )
     args.batch_size = args.prompts_per_step * args.num_generations
     if args.rank:
         args.alpha, args.dropout, args.target_modules = 32, 0.0, "all-linear"  # train_lora.py's defaults
@@ -114,39 +126,48 @@ share = number(lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 def learn(args, trainer_class=None):
     """The whole job. trainer_class: a `rollouts.GroupTrainer`, which a control may replace by one of its own."""
-    from model import choose_device, find_model, load_tokenizer, positions
-    from rollouts import GroupTrainer, Rollouts, build_config
-    from trainer import HeldOut, choose_pad_token
+    from model import choose_device, encode, find_model, load_tokenizer, positions
+    from rollouts import MICRO_BATCH, GroupTrainer, Rollouts, build_config
+    from trainer import HeldOut, choose_pad_token, make_savable
 
     device = choose_device(args.device)
     check_arguments(args, device)
     files = find_model(args.model_id)
     check_output_dir(args, files)
     tokenizer = load_tokenizer(files)
-    training, held_out = split_questions(
-        args.dataset, load_questions(args.dataset, "train"), args.eval_size, args.seed
-    )
+    columns = Columns(args.question_column, args.answer_column)
+    every = load_questions(args.dataset, "train", args.dataset_config, columns)
+    training, held_out = split_questions(args.dataset, every, args.eval_size, args.seed)
     mode, system_prompt = choose_mode(args.mode, [], tokenizer)
-    ask = partial(build_prompt, mode, tokenizer=tokenizer, system_prompt=system_prompt)
+    asked = choose_asking(args, mode, system_prompt, tokenizer)
+    ask = partial(build_prompt, mode, tokenizer=tokenizer, **asked)
     end = end_of_turn(mode, tokenizer)
     model = (load_with_adapter if hasattr(args, "rank") else load_full_model)(args, files, device)
     room, embeddings = positions(model), model.get_input_embeddings().num_embeddings
     pairs = target_pairs(held_out, mode, ask, end.text)
     held_out_examples = encode_examples("held-out", pairs, tokenizer, room, embeddings)
-    questions = drop_too_long(training, ask, tokenizer, room - args.max_completion_length)
+    lengths = map(len, encode(tokenizer, [ask(item.question) for item in training]))
+    questions = [
+        item for item, tokens in zip(training, lengths, strict=True) if tokens + args.max_completion_length <= room
+    ]
+    if len(questions) < len(training):
+        log(f"{len(training) - len(questions)} training questions dropped: longer than the model's {room} positions")
     if len(questions) < args.prompts_per_step:
-        raise UserError(f"--prompts-per-step {args.prompts_per_step}: more than the {len(questions)} questions to train on")
-    longest = max(len(tokenizer(ask(item.question), add_special_tokens=False)["input_ids"]) for item in questions)
-    at_once = fit_into_memory(args, model, device, longest + args.max_completion_length)
+        raise UserError(
+            f"--prompts-per-step {args.prompts_per_step}: more than the {len(questions)} questions to train on"
+        )
+    longest = max(map(len, encode(tokenizer, [ask(item.question) for item in questions])))
+    at_once = fit_into_memory(args, model, device, longest + args.max_completion_length, MICRO_BATCH)
     decoding = Decoding(True, args.temperature, args.top_p, args.top_k, args.seed)
     rollouts = Rollouts(
         args.prompts_per_step, args.num_generations, args.max_completion_length, decoding, args.format_reward
     )
-    record = run_record(args, files, mode, training, held_out, pairs[0], device, at_once)
+    record = run_record(args, files, mode, asked, training, held_out, pairs[0], device, at_once)
     record["decides"] |= {"method": "grpo"} | {name: getattr(args, name) for name in DECIDING_FLAGS}
 
     def build_trainer(resumed: bool):
         choose_pad_token(model, tokenizer, end.token)
+        make_savable(model.generation_config)
         return (trainer_class or GroupTrainer)(
             model=model,
             args=build_config(args, rollouts, len(questions), at_once, device.type == "cpu", resumed),
@@ -160,7 +181,9 @@ def learn(args, trainer_class=None):
             patience=args.patience,
         )
 
-    return train_in_folder(args, record, build_trainer, ask, inference_command(args.output_dir, mode, system_prompt))
+    lesson = "its own completions, rewarded where they are right"
+    next_command = inference_command(args.output_dir, mode, asked["few_shot_style"], system_prompt)
+    return train_in_folder(args, record, build_trainer, ask, lesson, next_command)
 
 
 if __name__ == "__main__":

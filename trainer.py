@@ -166,6 +166,7 @@ class Scored:
     """Evaluation by score, the choice of the best checkpoint, and signals, for a trainer of TRL's."""
 
     stop_signal = None
+    curves: tuple = ()  # what training.png shows above eval_score: (label, names in the log) of each panel
 
     def __init__(self, *, held_out: HeldOut, at_once: int, patience: int | None = None, **settings):
         """at_once: how many sequences go through the model together. settings: those of TRL's trainer."""
@@ -221,8 +222,7 @@ class Scored:
         questions = self.held_out.questions[rank::ranks]
         if not questions:
             return 0, 0
-        tokenizer, model = self.processing_class, self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        tokenizer, model = self.processing_class, self.answering_model()
         texts = [self.held_out.ask(item.question) for item in questions]
         prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
         room = positions(model)
@@ -303,12 +303,23 @@ class Scored:
         for weights in folder.glob("*.safetensors"):
             follow_umask(weights)
 
+    def answering_model(self):
+        """The model without what wraps it for training; an adapter stays in place."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def summary(self) -> list[str]:
+        """Lines of Markdown that the card and the end of the run show beside the evaluations."""
+        return []
+
     def create_model_card(self, *args, **kwargs):
         """TRL's knows no scores: `finish` writes ours."""
 
 
 class ScoredTrainer(Scored, SFTTrainer):
     """Learns the completions of examples."""
+
+    curves = (("loss a token", ("loss", "eval_loss")),)
 
     def __init__(self, *, args: SFTConfig, examples: list[dict], **settings):
         """settings: model, processing_class and those of `Scored`."""
