@@ -172,7 +172,8 @@ def load_other(flag, dataset, splits, columns=Columns()):
     try:
         return [question for split in sorted(splits) for question in load_questions(dataset, split, columns=columns)]
     except UserError as error:
-        raise UserError(str(error).replace("--dataset", flag)) from error
+        told = str(error).replace("--dataset", flag).partition(": name the right ones")[0]
+        raise UserError(told if told.startswith(flag) else f"{flag}: {told}") from error
 
 
 def keep_correct(runs, format, path, most):

@@ -793,6 +793,9 @@ def test_questions_of_one_template_count_as_one_cluster(write, score, refuse, ca
     assert score(own_key, "--cluster", "template")[0]["clusters"] == 3
     assert "lacks the key 'template' of --cluster; --cluster-from" in refuse(write([line()]), "--cluster", "template")
     assert "--cluster KEY" in refuse(cot, "--cluster-from", dataset)
+    no_such_key = refuse(cot, "--cluster", "kind", "--cluster-from", dataset)
+    assert "--cluster-from: " in no_such_key and "lacks the column 'kind'" in no_such_key
+    assert "--question-column" not in no_such_key
 
 
 def test_clustered_errors_are_those_of_a_sum_over_clusters(write, score):
