@@ -824,16 +824,15 @@ def test_activations_are_estimated_within_a_third():
 def test_short_memory_takes_fewer_sequences_at_once_or_refuses(dataset, monkeypatch, capsys):
     args = parse(dataset, "x", "--dtype", "fp32")
     model = load_model(find_model(MODEL), "fp32", torch.device("cpu"))
-    example = {"input_ids": [0] * 200}
     state = 12 * train.trainable(model)
     sequence = 200 * train.activation_bytes_per_token(model, 4, fused_head=False)
     for room, at_once in ((12, 3), (3, 3), (2, 2), (1, 1)):
         monkeypatch.setattr(model_module, "free_memory", lambda device, free=state + room * sequence: free)
-        assert train.fit_into_memory(args, model, torch.device("cpu"), [example]) == at_once
+        assert train.fit_into_memory(args, model, torch.device("cpu"), 200, 3) == at_once
     assert "memory is short: 1 sequences at once, not 3" in capsys.readouterr().out
     monkeypatch.setattr(model_module, "free_memory", lambda device: state)
     with pytest.raises(UserError, match="training needs about .* are free"):
-        train.fit_into_memory(args, model, torch.device("cpu"), [example])
+        train.fit_into_memory(args, model, torch.device("cpu"), 200, 3)
 
 
 def no_gold(folder):
