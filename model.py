@@ -103,7 +103,7 @@ def find_model(model_id, base_model=None):
 def find_files(name, place, revision=None):
     """A model's files, whatever they hold. `place` is the flag or the file that names it; it begins the errors."""
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.exists():
+    if path.suffix == ".gguf" and path.exists() and not path.is_dir():
         return find_gguf(name, path, place)
     if not path.is_dir():
         if path.exists() or looks_like_path(name):
@@ -216,8 +216,13 @@ class GgufHeader(NamedTuple):
     shapes: dict
 
 
+def gguf_header(files):
+    path = files.folder / files.gguf
+    return read_gguf_header(path.resolve(), path.stat().st_mtime_ns)
+
+
 @functools.lru_cache(maxsize=4)  # reading takes seconds where the vocabulary is large
-def gguf_header(path):
+def read_gguf_header(path, changed):
     from gguf import GGUFReader
 
     try:
@@ -232,7 +237,7 @@ def gguf_header(path):
 def check_gguf(files):
     """UserError for what transformers would pass over in silence: scaled positions, and layers without weights."""
     path = files.folder / files.gguf
-    fields, shapes = gguf_header(path)
+    fields, shapes = gguf_header(files)
     kind = fields.get("general.architecture")
     layers = fields.get(f"{kind}.block_count")
     if not isinstance(layers, int) or layers > len(shapes):
@@ -251,7 +256,7 @@ def quantization(files):
         return None
     from gguf import LlamaFileType
 
-    kind = gguf_header(full.folder / full.gguf).fields.get("general.file_type")
+    kind = gguf_header(full).fields.get("general.file_type")
     return LlamaFileType(kind).name if kind in list(LlamaFileType) else kind
 
 
@@ -414,7 +419,7 @@ def weight_shapes(files):
     from safetensors import safe_open
 
     if files.gguf:
-        return gguf_header(files.folder / files.gguf).shapes
+        return gguf_header(files).shapes
     index = next(files.folder.glob("*.safetensors.index.json"), None)
     shapes = {}
     for path in map(files.folder.joinpath, read_index(index)) if index else files.folder.glob("*.safetensors"):
@@ -442,7 +447,7 @@ def refuse_left_out_of_gguf(files, model, weights, held):
     """transformers drops in silence what it does not know of a GGUF file; a head may be stored though it is tied."""
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
-    fields, shapes = gguf_header(files.folder / files.gguf)
+    fields, shapes = gguf_header(files)
     if is_gguf_arch_supported(fields["general.architecture"]):
         return  # there it reports by name
     if model.config.get_text_config().tie_word_embeddings:
@@ -457,7 +462,7 @@ def refuse_left_out_of_gguf(files, model, weights, held):
 
 def gguf_end_tokens(files):
     """Every token that ends a text, a turn or a message; transformers takes the first of them alone."""
-    fields = gguf_header(files.folder / files.gguf).fields
+    fields = gguf_header(files).fields
     ends = (fields.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom"))
     return sorted({int(end) for end in ends if end is not None}) or None
 

@@ -280,9 +280,14 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def assert_one_line(case, code, err):
+    assert_error(CASES[case][1:], code, err)
+
+
+def assert_error(words, code, err):
+    """Exit code 2, and one line on stderr that holds these words."""
     lines = [line for line in err.splitlines() if line.strip() and "question/s" not in line]  # less progress bars
     assert (code, len(lines)) == (2, 1), err
-    assert all(word in lines[0] for word in CASES[case][1:]), err
+    assert all(word in lines[0] for word in words), err
 
 
 @pytest.mark.parametrize("case", CASES)
