@@ -425,7 +425,8 @@ def link(name, target):
 
 
 def more_layers(count):
-    return infer(model=model(config(num_hidden_layers=count)))
+    types = {"layer_types": ["full_attention"] * int(count)} if count < 9 else {}
+    return infer(model=model(config(num_hidden_layers=count, **types)))
 
 
 def experts(count):
@@ -470,7 +471,7 @@ def prompt_tuning():
 INDEX = "model.safetensors.index.json"
 REFUSED = {
     "a config of another type": (
-        lambda: infer(model=model(config(model_type="llama"))), "keys that its config does not know", "q_norm"),
+        lambda: infer(model=model(config(model_type="llama"))), "keys that its config does not know", "k_norm"),
     "a config of fewer layers": (lambda: more_layers(3), "keys that its config does not know", "model.layers.3."),
     "a config of more layers": (lambda: more_layers(5), "missing keys", "model.layers.4."),
     "a config of a thousand million layers": (lambda: more_layers(10**9), "config.json", "num_hidden_layers"),
@@ -478,7 +479,7 @@ REFUSED = {
     "a vocabulary of eight million": (
         lambda: infer(model=model(config(vocab_size=8_000_000))), "model.embed_tokens.weight", "8000000"),
     "a width of a thousand million": (lambda: infer(model=model(config(intermediate_size=10**9))), "mlp", "1000000000"),
-    "a million experts": (lambda: experts(10**6), "experts", "1000000"),
+    "a million experts": (lambda: experts(10**6), "--model-id small", "asks for 12,352,070,304 weights"),
     "weights that the model has no place for": (
         lambda: infer(model=model(weights(lambda held: held.update({"model.extra.weight": torch.ones(2)})))),
         "model.extra.weight"),
