@@ -409,6 +409,8 @@ def what_decides(args, run: Run, template: dict, prompt: str, shown: int | None,
 
 def describe_command(args, files, template_time: datetime.datetime | None) -> dict:
     """What describes a run without deciding its answers."""
+    from model import quantization
+
     described = {
         "model": args.model_id,
         "dataset": args.dataset,
@@ -420,6 +422,8 @@ def describe_command(args, files, template_time: datetime.datetime | None) -> di
         "server": args.server,
     }
     further = {
+        "base_model": args.base_model,
+        "quantization": None if args.server else quantization(files),
         "training": None if args.server else training_of(args.model_id),
         "dataset_config": args.dataset_config,
         "question_column": args.question_column if args.question_column != ["question"] else None,

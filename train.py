@@ -506,6 +506,8 @@ def show_examples(examples: list[dict], tokenizer) -> None:
 
 def run_record(args, files, mode, asked, training, held_out, pair, device, at_once):
     """What decides the weights and what describes this run, as inference.py records it."""
+    from model import quantization
+
     decides = {name: getattr(args, name) for name in DECIDING_FLAGS if hasattr(args, name)}
     if mode != "chatml_think_prefill" and not args.completions:  # else it is in none of the records made before
         decides["mode"] = mode
@@ -528,6 +530,8 @@ def run_record(args, files, mode, asked, training, held_out, pair, device, at_on
     } | describe_run(device)
     if asked["now"]:
         segment["template_time"] = asked["now"].isoformat()
+    if quantization(files):
+        segment["quantization"] = quantization(files)
     return {"decides": decides, "segments": [segment], "result": None}
 
 
