@@ -180,15 +180,15 @@ def keep_correct(runs, format, path, most):
     """Write the distinct right completions of the runs, of each question the shortest, in the order of ids.
 
     Only what the model wrote to its end by itself: a completion that was cut would teach it not to stop,
-    one whose thought was closed for it to write what closed it.
+    one whose thought was closed for it to write what closed it, one that ran on to make up questions.
     """
     for run in runs:
         refuse_test_split(run, format)
     right = {}
     for run in runs:
         system_prompt = read_record(run.path)["decides"].get("system_prompt")
-        for row, _, status in read_again(run, format):
-            if status == "right" and row.finish_reason != "length" and not row.forced:
+        for row, reading, status in read_again(run, format):
+            if status == "right" and row.finish_reason != "length" and not row.forced and not reading.ran_on:
                 key = str(type(row.id)), row.id, row.question
                 right.setdefault(key, {}).setdefault(row.text, (row, system_prompt))
     keys = (*PUBLISHED_KEYS, "mode", "sample", "thinking_open", "system_prompt")

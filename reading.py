@@ -1,7 +1,8 @@
 """How an answer is read from a completion, and held against the reference: three readings.
 
 `read_published` is the rule behind the published figures. `read_final` takes the final answer as a careful reader
-would. `read_lenient` also takes it from other forms than the asked one. Here is text alone: nothing is loaded and nothing is written.
+would. `read_lenient` also takes it from other forms than the asked one. Here is text alone: nothing is loaded and
+nothing is written.
 """
 
 import re
@@ -287,10 +288,12 @@ HEADING = re.compile(
             (?:step|part|phase|stage|method|option|approach|case|example|exercise|question|problem)
                 [ \t]*\(?(?:[0-9]+|[A-Z]|[ivx]+)\b
           | (?:day|week|month|year|person|group|scenario)[ \t]*[0-9]+[ \t*_]*:
-          | (?:note|check|verif\w*|confirm\w*|expla\w+|calculat\w+|comput\w+|given|work(?:ing|ings)?|reason\w*|breakdown
-               |details?|hint|tip|remark|understand\w*|proof|analys\w+|assum\w+|method|approach|solv\w+|example
-               |question|problem|information|summary[ ]of|let(?:'s|[ ]us)?|identify|determine|find|define|set[ ]up)\b
-          | [1-9][.)][ \t]+[ \t*_]*[A-Z](?![^\n]*\.[ \t*_]*(?:\n|\Z))   # 1. Find the cost; no sentence
+          | (?:note|verif\w+|confirm\w*|expla(?:in|nation)\w*|calculat(?:e|ions?|ing)|comput(?:e|ations?|ing)|reason\w*
+               |breakdown|remark|understand\w*|analys\w+|assum\w+|solv(?:e|ing)|summary[ ]of|let(?:'s|[ ]us)?|identify
+               |determine|find|define|checking|set[ ]up)\b
+          | (?:check|given|work(?:ings?)?|details?|hint|tip|proof|method|approach|example|question|problem|information)
+                [ \t*_]*(?:[:：][ \t*_]*(?![ \t*_$0-9])|\n|\Z)            # Check: is it so; not Tip: $5
+          | [1-9][.)][ \t]+[ \t*_]*(?-i:[A-Z])(?![^\n]*\.[ \t*_]*(?:\n|\Z))   # 1. Find the cost; no sentence
         )""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -320,11 +323,11 @@ VALUE = re.compile(
 # With every value replaced by `#` or `-#`: what makes one or more of them something else than the answer.
 EXPRESSION = re.compile(
     r"""\#\)?\s*[-+*×÷·^:/]+[-(\s]*\#          # 4 + 6, 4-6, 2:30, 1/2/3
-      | [A-Za-z)]\s*[+×÷^/]\s*\#               # x / 2, 3 apples + 4
+      | [A-Za-z)]\s*[+×÷·^/]\s*\#               # x / 2, 3 apples + 4
       | [A-Za-z)](?:\*|\s\*\s)\#               # x*2
       | (?<![^\W\d_])[^\W\d_](?:_?[0-9])?\s*-[-(\s]*\#        # x - 8, x_1 - 8
       | \bminus\b                              # eggs minus 8
-      | \#\s*[+×÷^]\s*[A-Za-z(]                # 4 + x
+      | \#\s*[+×÷·^]\s*[A-Za-z(]                # 4 + x
       | \#\)?\s*-[(\s]*(?:[b-zB-HJ-Z](?![A-Za-z'])|[aI](?![\w']|\s+[A-Za-z]))   # 20 - x; not 20 - a dozen
       | \#\)?\s*/[(\s]*(?![hsdmwLlgy])[A-Za-z](?![A-Za-z'])  # 116/x; 5/h is a rate
       | \#(?:\*|\s\*\s)\(*(?![aI]\s)[A-Za-z](?![A-Za-z'])    # 4*t
@@ -338,6 +341,7 @@ EXPRESSION = re.compile(
     re.VERBOSE,
 )
 MAGNITUDE = re.compile(r"hundreds?\b|thousands?\b|illions?\b|dozens?\b", re.IGNORECASE)
+NEXT_EQUATION = re.compile(r"(?:[,;]|\bor\b|\band\b)\s*(?:or\s+|and\s+)?[A-Za-z]\s*\Z")  # 8 or x (= -8)
 JOINED = re.compile(r"(?:[-+*×÷·^/]|[0-9]\s*:|\b(?:and|or|to))\s*\Z")
 ANNOTATIONS_AND_TAGS = re.compile(r"<<[^<>]*>>|</?([^<>]*)>")
 REMARK = re.compile(r"(?<=[\w%.])(?:\s+[(\[]|[(\[](?=[A-Za-z]{2}))[^()\[\]]*(?:[)\]]|$)")
@@ -374,7 +378,7 @@ TYPOGRAPHY = str.maketrans(
         **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
         **{fraction: f" {normalize('NFKC', fraction).replace('⁄', '/')}" for fraction in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
         **{power: f"^{normalize('NFKC', power)}" for power in "²³"},
-        **dict(zip("，．％⋅∙∕⁄（）：", ",.%··//():", strict=True)),
+        **dict(zip("，．％⋅∙∕⁄（）：∗✕✖", ",.%··//():×××", strict=True)),
     }
 )
 MARKS = ((">=", "≥"), ("<=", "≤"), ("!=", "≠"), ("=>", "="), ("->", "="), ("**", " "), ("__", " "))
@@ -393,7 +397,10 @@ def read_line(line, before_marker=False):
     plain = len(line) < 60 and PLAIN.fullmatch(line)
     if plain:
         return exact(plain[1], plain[2])
-    for side in reversed(clean_line(line).split("=")):
+    sides = clean_line(line).split("=")
+    if any(DIGIT.search(side) and NEXT_EQUATION.search(side) for side in sides[:-1]):
+        return AMBIGUOUS
+    for side in reversed(sides):
         if not DIGIT.search(side):
             continue
         if len(side) > LONGEST_ANSWER:

@@ -250,8 +250,8 @@ def run_notes(run):
         )
     if counts["ran_on"]:
         yield (
-            f"{counts['ran_on']:,} texts ran on with a problem of their own after the answer, which counts alone: "
-            "a base model wants a stop text"
+            f"in {counts['ran_on']:,} of {run.n:,} texts the model went on with a problem of its own after the answer; "
+            "only the answer before it counts, and --stop TEXT would end the text there"
         )
     if counts["off_format"]:
         yield f"{counts['off_format']:,} answers were right but not in the asked format, `#### 18` alone on the last line"

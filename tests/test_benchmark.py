@@ -105,7 +105,7 @@ def test_texts_that_ran_on_are_counted_and_told(write, score, capsys):
     assert (run["correct"], run["ran_on"]) == (2, 1)
     benchmark.main([path])
     out = capsys.readouterr().out
-    assert "ran on" in out.splitlines()[0] and "1 texts ran on" in out
+    assert "ran on" in out.splitlines()[0] and "in 1 of 2 texts the model went on" in out
     benchmark.main([write([line(0)])])
     assert "ran on" not in capsys.readouterr().out
 
@@ -551,8 +551,9 @@ def test_the_shortest_distinct_right_completions_are_kept(train_run, tmp_path, c
 
 def test_completions_that_the_model_did_not_end_by_itself_are_not_kept(train_run, tmp_path):
     ends = {"finish_reason": "length"}, {"forced": True}, {"finish_reason": "stop", "forced": False}
+    ran_on = line(0, "#### 18\n\nQuestion: Tom has 5.\nAnswer: #### 5", sample=1)
     out = tmp_path / "right.jsonl"
-    benchmark.main([train_run([line(id, **end) for id, end in enumerate(ends)]), "--keep-correct", str(out)])
+    benchmark.main([train_run([*(line(id, **end) for id, end in enumerate(ends)), ran_on]), "--keep-correct", str(out)])
     assert [json.loads(text)["id"] for text in out.read_text().splitlines()] == [2]
 
 

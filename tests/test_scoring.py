@@ -120,6 +120,11 @@ READ = {
     "#### Final Answer:\n\n$18": 18,
     "#### Profit\n18": 18,
     "#### Day 5": 5,
+    "#### Tip: $5": 5,
+    "#### Check amount: 50": 50,
+    "#### Calculated total: 18": 18,
+    "#### Working hours: 40": 40,
+    "#### 5) dollars": 5,
     "#### Answer\n> 18": 18,
     "18 ####</s>": 18,
     "18 ####<|im_end|>": 18,
@@ -169,6 +174,9 @@ AMBIGUOUS = [
     "#### 116/x",
     "#### \\frac{116}{x}",
     "#### 8 * t",
+    "#### x·8",
+    "#### x = 8 or x = -8",
+    "#### a = 5, b = 7",
     "#### \\theta - 8",
     "#### \\log 8",
     "#### 4 \\* 4",
@@ -469,8 +477,8 @@ def seconds_to_score(piece, size):
     for _ in range(3):
         start = time.process_time()
         for completion in (text, "#### 1" + text, text + "#### 1", text + "####", "\\boxed{1" + text):
-            score_final(completion, "#### 18")
-            read_lenient(completion, opens_thought(completion))
+            thinking = opens_thought(completion)
+            read_lenient(completion, thinking, final=read_final(completion, thinking))
             score_published(completion, "#### 18")
         times.append(time.process_time() - start)
     return min(times)
@@ -478,4 +486,4 @@ def seconds_to_score(piece, size):
 
 @pytest.mark.parametrize("piece", HARMFUL, ids=ascii)
 def test_scoring_takes_time_in_proportion_to_the_text(piece):
-    assert seconds_to_score(piece, 200_000) / seconds_to_score(piece, 50_000) < 8  # a quadratic reader takes 16 times
+    assert seconds_to_score(piece, 120_000) / seconds_to_score(piece, 30_000) < 8  # a quadratic reader takes 16 times
