@@ -5,6 +5,7 @@ import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from itertools import combinations
 from math import comb, sqrt
 from pathlib import Path
@@ -206,12 +207,11 @@ def score_rows(path, format, prefilled, keep):
         elif status == "no_answer":
             counts["no_answer_right"] += lenient
         if keep:
-            # Numbers are hashed as text: Python's hashes of -1 and -2 are the same.
-            rows.questions.append(hash((repr(row.id), row.question, row.answer)))
-            rows.texts.append(hash(same_text(row.question)))
-            rows.golds.append(hash(repr(row.gold)))
+            rows.questions.append(hash_text(f"{row.id!r}\0{row.question}\0{row.answer}"))
+            rows.texts.append(hash_text(same_text(row.question)))
+            rows.golds.append(hash_text(repr(row.gold)))
             if format.cluster:
-                rows.clusters.append(hash(row.cluster))
+                rows.clusters.append(hash_text(row.cluster))
             rows.samples.append(row.sample)
             rows.right.append(status == "right")
             rows.lenient.append(lenient)
@@ -220,6 +220,11 @@ def score_rows(path, format, prefilled, keep):
     questions = count_questions(path, rows) if keep else counts["lines"]
     kept = rows if keep else None
     return Run((path,), bare(path).name, questions, counts, len(bad), prefilled, kept, (counts["lines"],))
+
+
+def hash_text(text):
+    """64 bits of a text, the same in every process: sums go in the order of hashes, and must round alike."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), signed=True)
 
 
 def bare(path):
