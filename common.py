@@ -4,7 +4,9 @@ Where the other subjects are:
 
     data.py         questions from folders, files and the hub
     model.py        a model's files: find, load, merge; device, dtype, memory
-    generation.py   requests and the rolling batch; sampling.py the next token, graphs.py CUDA graphs
+    generation.py   requests and completions; the scheduler, the engine and its KV cache
+    sampling.py     the next token from logits: greedy or drawn
+    graphs.py       decode steps captured as CUDA graphs
     server.py       the client of a completions server
     runs.py         a run's files and record: locking, --overwrite, --resume
     reading.py      how an answer is read and graded

@@ -207,7 +207,7 @@ def stop_text_finder(
 
 @contextlib.contextmanager
 def named_out_of_memory():
-    """Where one sequence at a time is still too much: a UserError."""
+    """Raise a UserError where one sequence at a time is too much for the memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -221,7 +221,7 @@ def named_out_of_memory():
 
 @contextlib.contextmanager
 def attention_replaced(model, cache: "KVCache"):
-    """The model in evaluation mode with the cache's attention. At the end both are as they were."""
+    """Put the model into evaluation mode, with the cache's attention. At the end it is as it was before."""
     from transformers import AttentionInterface
 
     training, attention, name = model.training, model.config._attn_implementation, f"kv_cache_{id(model)}"
@@ -274,9 +274,10 @@ class Span(NamedTuple):
 
 
 class Scheduler:
-    """Who waits, and how many the memory admits. It knows lengths alone: no tensor, no model.
+    """Holds the waiting sequences, and decides how many may join. It knows lengths alone: no tensor, no model.
 
-    budget: the columns that memory holds, of one sequence each. prefix: the tokens that all prompts share.
+    prefix: how many tokens all prompts share. budget: how many columns fit into memory, each of one sequence.
+    max_sequences: how many may be live at once.
     """
 
     def __init__(self, sequences: Collection[Sequence], prefix: int, budget: int, max_sequences: int, limits: Limits):
@@ -288,7 +289,7 @@ class Scheduler:
         self.enqueue(sequences)
 
     def enqueue(self, sequences: Collection[Sequence]):
-        """The longest are taken first, from the end of the list: those that come together are of similar length."""
+        """Add to the waiting sequences, which are sorted by length: those taken together are of similar length."""
         self.waiting = sorted(
             [*self.waiting, *sequences], key=lambda one: (len(one), -one.request.id, -one.request.sample)
         )
@@ -298,10 +299,10 @@ class Scheduler:
         return len(sequence) - self.prefix
 
     def expected_columns(self) -> int:
-        """The columns that the longest waiting sequence takes when it has half of its answer.
+        """The columns that the longest waiting sequence takes when it has half of its answer (see answer_share).
 
-        How long answers are is not known before. Their limit stands for it until 32 have ended. Then it is
-        all new tokens divided by the number of ended answers, which counts those of live sequences too.
+        Nobody knows how long answers will be. Until 32 have ended it is the highest limit of a request. Later
+        it is the number of all new tokens, those of live sequences too, divided by the number of ended answers.
         """
         answer = self.longest_answer
         if self.finished >= 32:
@@ -309,7 +310,11 @@ class Scheduler:
         return self.limits.columns_for(self.own_columns(self.waiting[-1])) + int(answer * self.limits.answer_share)
 
     def num_to_admit(self, cohorts: list[Cohort]) -> int:
-        """How many waiting sequences to admit now: 0, or at least an eighth of the batch, for few prompts at a time are slow."""
+        """How many waiting sequences to admit now.
+
+        None where they would be less than an eighth of the batch, because few prompts at a time are slow to
+        read. At least one where no sequence is live.
+        """
         if not self.waiting:
             return 0
         live = sum(len(cohort.sequences) for cohort in cohorts)
@@ -338,13 +343,13 @@ class Engine:
         self,
         model,
         cache: "KVCache",
-        requests,
+        requests: Collection[Request],
         decoding: Decoding,
         stop_ids: Collection[int],
         has_stop_text: Callable[[list[int]], bool],
-        batch_size,
+        batch_size: int | str,
         limits: Limits,
-        note,
+        note: Callable[[str], None],
     ):
         self.model, self.cache, self.decoding, self.limits = model, cache, decoding, limits
         self.stop_ids, self.has_stop_text, self.note = stop_ids, has_stop_text, note
@@ -392,7 +397,8 @@ class Engine:
             raise unfit(self.model, error) from error
         return self.cache.end_prefix(len(ids))
 
-    def note_batch_size(self, batch_size, memory: int, column_bytes: int):
+    def note_batch_size(self, batch_size: int | str, memory: int, column_bytes: int):
+        """Say how many sequences will be live at once, and why, where it was chosen here or is less than asked for."""
         most, expected = self.scheduler.max_sequences, self.scheduler.expected_columns()
         fits = max(1, self.scheduler.budget // expected)
         reason = "one for each request" if most == len(self.open) else "the most that pays"
@@ -451,7 +457,9 @@ class Engine:
         ids, positions = inputs[..., None]
         return self.forward(spans, ids, positions, newest, over_buffers=True)
 
-    def forward(self, spans: list[Span], ids: torch.Tensor, positions: torch.Tensor, newest, over_buffers: bool):
+    def forward(
+        self, spans: list[Span], ids: torch.Tensor, positions: torch.Tensor, newest, over_buffers: bool
+    ) -> torch.Tensor:
         """Logits (batch, vocabulary) after the new tokens `ids`, (batch, new), at `positions`, (batch, new).
 
         newest, over_buffers: see KVCache.begin_pass. Only the last token's logits are computed.
@@ -505,13 +513,16 @@ class Engine:
             self.repack(cohorts)
 
     def merge(self):
-        """Merge two cohorts: of the pairs next to one another by width the one that wastes the fewest columns."""
+        """Merge two cohorts that are next to one another in width: the pair that wastes the fewest columns."""
         self.cohorts.sort(key=lambda cohort: cohort.width)
         pairs = zip(self.cohorts, self.cohorts[1:], strict=False)
         self.repack(min(pairs, key=lambda pair: len(pair[0].sequences) * (pair[1].width - pair[0].width)))
 
     def repack(self, cohorts: Collection[Cohort]):
-        """Copy cohorts into one with spare columns and none unused. Preempt what memory cannot hold, the shortest first."""
+        """Copy cohorts into one that has spare columns again, without columns that no sequence uses.
+
+        Sequences for which memory is too small are preempted, the shortest first.
+        """
         sequences = sorted((one for cohort in cohorts for one in cohort.sequences), key=self.scheduler.own_columns)
         width = self.scheduler.own_columns(sequences[-1]) - 1  # the newest token is not stored yet
         others = [cohort for cohort in self.cohorts if cohort not in cohorts]
@@ -530,7 +541,7 @@ class Engine:
         return self.cache.pack(cohorts, slots, self.limits.columns_for(width), width)
 
     def restart_with_half(self):
-        """Out of memory: admit half of the sequences that were tried. All that are open wait again and keep their tokens."""
+        """After an out-of-memory error: halve the batch. All sequences that are not done wait again and keep their tokens."""
         tried = len(self.open) - len(self.scheduler.waiting)
         self.scheduler.max_sequences = max(1, min(self.scheduler.max_sequences, tried) // 2)
         self.free(self.cohorts)
@@ -539,6 +550,7 @@ class Engine:
         self.note(f"out of memory: going on with batch size {self.scheduler.max_sequences}, nothing lost")
 
     def free(self, cohorts: list[Cohort]):
+        """Drop cohorts and their buffers."""
         self.cohorts = [cohort for cohort in self.cohorts if cohort not in cohorts]
         for cohort in cohorts:
             cohort.buffers.clear()  # the cohort may live on in a captured step
@@ -677,6 +689,7 @@ class KVCache:
         return new
 
     def copy_slots(self, cohort: Cohort, sources: list[int], targets: list[int]):
+        """Copy the keys and values of some slots into others, in all layers."""
         if not targets:
             return
         device = self.positions.device
