@@ -551,9 +551,8 @@ def fit_into_memory(args, model, device, longest: int, most: int) -> int:
     from model import free_memory
 
     free = free_memory(device)
-    state = 12 * trainable(model)  # gradient and AdamW's two moments, in fp32; the weight, 4 more, is loaded already
-    element = 2 if args.dtype == "bf16" else 4
-    sequence = longest * activation_bytes_per_token(model, element, fused_head=device.type == "cuda")
+    state = training_bytes(args.dtype, model, longest, 0)
+    sequence = training_bytes(args.dtype, model, longest, 1) - state
     most = min(most, args.batch_size)
     at_once = next((count for count in range(most, 0, -1) if state + count * sequence <= free), None)
     if at_once is None:
@@ -568,6 +567,16 @@ def fit_into_memory(args, model, device, longest: int, most: int) -> int:
         f"{trainable(model):,} of {sum(weight.numel() for weight in model.parameters()):,} weights are trained"
     )
     return at_once
+
+
+def training_bytes(dtype: str, model, longest: int, at_once: int) -> int:
+    """What training holds beside the weights, by estimate: the optimizer, and `at_once` sequences of the longest."""
+    state = 12 * trainable(model)  # gradient and AdamW's two moments, in fp32; the weight, 4 more, is loaded already
+    if dtype == "bf16":
+        state += 2 * trainable(model)  # autocast's copies
+    element = 2 if dtype == "bf16" else 4
+    fused_head = model.device.type == "cuda"
+    return state + at_once * longest * activation_bytes_per_token(model, element, fused_head)
 
 
 def trainable(model):

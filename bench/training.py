@@ -2,14 +2,17 @@
 
     python bench/training.py                      # both CPU cases, three seeds; writes results/training.md
     python bench/training.py --case small --seeds 1 --output /dev/null
+    python bench/training.py --model-id SmolLM2-135M-Instruct.Q4_1.gguf --steps 2 --output /dev/null
 
-Plain is TRL's SFTTrainer as it comes: batches of 12 in the data's order, padded to the longest, activation
+Plain is TRL's SFTTrainer as it comes: batches in the data's order, padded to the longest, activation
 checkpointing on. Ours is what train.py builds. Both see the same rows, start from the same weights and
 use the same optimizer, schedule and batch size; timed is the training alone, without evaluation or files. With
-a CUDA device the case `gpu` runs instead: Qwen3-0.6B's shape, random weights, in bf16, full and LoRA.
+a CUDA device the case `gpu` runs instead: Qwen3-0.6B's shape, random weights, in bf16, full and LoRA. With
+--model-id a few steps of a real model run in cot, full and LoRA, and the peak memory beside the weights is measured.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -28,7 +31,7 @@ import train
 import train_lora
 from common import build_prompt, log, write_atomically
 from data import load_questions
-from model import find_model, load_model, load_tokenizer
+from model import find_model, load_model, load_tokenizer, positions
 from trainer import AT_ONCE, AT_ONCE_ELSEWHERE, HeldOut, ScoredTrainer, build_config, choose_pad_token, length
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +52,12 @@ def main():
     on_gpu = torch.cuda.is_available()
     page = ROOT / "results" / ("training-gpu.md" if on_gpu else "training.md")
     parser.add_argument("--output", type=Path, default=page, help="the page to write (default %(default)s)")
+    parser.add_argument("--model-id", help="measure a few steps of this model instead of the cases")
+    parser.add_argument("--steps", type=int, default=3, help="with --model-id (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="with --model-id (default %(default)s)")
     args = parser.parse_args()
+    if args.model_id:
+        return measure_model(args.model_id, args.steps, args.batch_size)
     cases = args.case or (["gpu"] if on_gpu else ["demo", "small"])
     measured = [measure(name, seed, way) for name in cases for seed in range(args.seeds) for way in ways(name, seed)]
     text = report(measured)
@@ -164,13 +172,13 @@ def with_adapter(model):
     return get_peft_model(model.bfloat16(), config)
 
 
-def build(way, model, tokenizer, rows, held_out_rows, rate, seed):
+def build(way, model, tokenizer, rows, held_out_rows, rate, seed, batch_size=BATCH):
     """A trainer for one epoch that goes the given way and writes nothing."""
     from datasets import Dataset
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
     from trl import SFTTrainer
 
-    flags = {"output-dir": tempfile.mkdtemp(), "batch-size": BATCH, "epochs": 1, "seed": seed, "eval-questions": 0}
+    flags = {"output-dir": tempfile.mkdtemp(), "batch-size": batch_size, "epochs": 1, "seed": seed, "eval-questions": 0}
     args = train.build_parser("", "", rate, "").parse_args([f"--{flag}={value}" for flag, value in flags.items()])
     args.dtype = "bf16" if model.device.type == "cuda" else "fp32"
     config = build_config(args, len(rows), "<|im_end|>", model.device.type == "cpu")
@@ -205,6 +213,57 @@ def grouped_order(lengths, seed):
         batches += [stretch[i : i + BATCH] for i in range(0, len(stretch), BATCH)]
     draw.shuffle(batches)
     return [i for batch in batches for i in batch]
+
+
+def measure_model(model_id, steps, batch_size):
+    """Seconds of processor time a step and peak memory beside the weights, as a Markdown table on stdout."""
+    tokenizer = load_tokenizer(find_model(model_id))
+    questions = load_questions(str(SHARED / "gsm8k"), "train")[: steps * batch_size]
+    ask = partial(build_prompt, "cot", tokenizer=tokenizer)
+    end = train.end_of_turn("cot", tokenizer)
+    pairs = train.target_pairs(questions, "cot", ask, end.text)
+    print(f"{steps} steps of {batch_size} in fp32, {torch.get_num_threads()} thread(s), torch {torch.__version__}\n")
+    print("| trained | way | seconds a step | tokens/s | peak memory, GiB | estimated, GiB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |", flush=True)
+    for method in ("full", "lora"):
+        for way in ("plain", "ours"):
+            flags = ["--model-id", model_id, "--output-dir", tempfile.mkdtemp(), "--dtype", "fp32"]
+            parser = train.build_parser("", "", 2e-5, "")
+            args = parser.parse_args(flags) if method == "full" else train_lora.parse_args(flags)
+            load = train.load_full_model if method == "full" else train_lora.load_with_adapter
+            model = load(args, find_model(model_id), torch.device("cpu"))
+            examples = train.encode_examples("training", pairs, tokenizer, positions(model), len(tokenizer))
+            trainer = build(way, model, tokenizer, examples, examples[:1], 2e-5, 0, batch_size)
+            gc.collect()
+            held = reset_peak()
+            begun = time.process_time()
+            trainer.train()
+            seconds = (time.process_time() - begun) / steps
+            tokens = sum(map(length, examples)) / steps / seconds
+            estimate = (
+                train.training_bytes(args.dtype, model, max(map(length, examples)), AT_ONCE_ELSEWHERE)
+                if way == "ours"
+                else None
+            )
+            print(
+                f"| {method} | {way} | {seconds:.1f} | {tokens:.0f} | {(peak() - held) / 2**30:.2f} "
+                f"| {'' if estimate is None else f'{estimate / 2**30:.2f}'} |",
+                flush=True,
+            )
+            del trainer, model
+
+
+def reset_peak():
+    """Begin a new peak of this process's memory (Linux alone); returns what it holds now, in bytes."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak():
+    """The most memory that this process has held since `reset_peak`, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 # ------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """train.py and train_lora.py train on what inference asks, on nothing of test, and lose nothing when they stop."""
 
+import contextlib
 import datetime
+import io
 import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -42,12 +45,12 @@ from trainer import (
 )
 
 MODEL = str(ROOT / "demo/model")
-PROBLEMS = [json.loads(line) for line in (ROOT / "demo/problems/train.jsonl").read_text().splitlines()[:88]]
+PROBLEMS = [json.loads(line) for line in (ROOT / "demo/problems/train.jsonl").read_text().splitlines()[:44]]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """88 training problems. Whoever reads the test split fails: it is no JSON."""
+    """44 training problems. Whoever reads the test split fails: it is no JSON."""
     folder = tmp_path_factory.mktemp("dataset")
     write_problems(folder, PROBLEMS)
     (folder / "test.jsonl").write_text("the test split must not be read\n")
@@ -61,7 +64,7 @@ def write_problems(folder, problems):
 
 
 def flags(dataset, output, *more):
-    """A run of 2 epochs of 4 steps: 48 rows in batches of 12, 40 held out, 16 of them answered."""
+    """A run of 2 epochs of 4 steps: 24 examples in batches of 6, 20 held out, 8 of them answered."""
     fixed = [
         "--model-id",
         MODEL,
@@ -70,11 +73,11 @@ def flags(dataset, output, *more):
         "--output-dir",
         output,
         "--eval-size",
-        40,
+        20,
         "--eval-questions",
-        16,
+        8,
     ]
-    return [str(flag) for flag in [*fixed, "--epochs", 2, "--batch-size", 12, "--learning-rate", 1e-3, *more]]
+    return [str(flag) for flag in [*fixed, "--epochs", 2, "--batch-size", 6, "--learning-rate", 1e-3, *more]]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,19 @@ def test_training_conditions_on_inferences_prompt_on_gsm8k(shared):
     assert (
         max(len(row["input_ids"]) - len(prompt) for row, prompt in zip(rows, asked, strict=True)) < EVAL_MAX_NEW_TOKENS
     )
+
+
+@pytest.mark.parametrize("name", ["sft-seed1", "lora-r4-seed1"])
+def test_a_run_made_before_still_resumes(name, monkeypatch):
+    """Its command, given once more, decides all that its record says and nothing else."""
+    old = read_json(ROOT / f"results/demo/model/train/{name}.run.json")
+    records = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train, "train_in_folder", lambda args, record, *_: records.append(record))
+    script = train_lora if "lora" in name else train
+    _, _, *argv = shlex.split(old["segments"][0]["command"])
+    script.main([*argv, "--dtype", "fp32"])
+    assert runs.find_difference(old, records[0]) is None
 
 
 def test_completion_is_the_reasoning_and_the_final_line():
@@ -319,7 +335,7 @@ def test_held_out_questions_are_train_questions_that_are_not_trained_on(tmp_path
     splits = [split(parse(tmp_path, "x", "--seed", seed)) for seed in (1, 1, 2)]
     assert splits[0] == splits[1] != splits[2]
     for training, held_out in splits:
-        assert len(held_out) == 40
+        assert len(held_out) == 20
         assert not {item.question for item in training} & {item.question for item in held_out}
         assert {item.question for item in training + held_out} == {item["question"] for item in PROBLEMS}
 
@@ -393,9 +409,9 @@ def test_loss_is_the_mean_over_trained_tokens_however_the_batch_is_cut(trained, 
     tokenizer, model = load_tokenizer(files), load_model(files, "fp32", torch.device("cpu"))
     training, _ = split(args)
     rows = train.encode_examples("training", prefill_pairs(training, tokenizer), tokenizer, 2048, 1000)
-    order = epoch_order(len(rows), 12, args.seed, 0)
+    order = epoch_order(len(rows), 6, args.seed, 0)
     total = count = 0
-    for row in (rows[i] for i in order[:12]):
+    for row in (rows[i] for i in order[:6]):
         labels = torch.tensor(row["labels"])
         with torch.inference_mode():
             scores = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
@@ -417,15 +433,15 @@ def test_eval_score_is_what_inference_and_the_scorer_say(trained, dataset):
             tokenizer(build_prompt("chatml_think_prefill", item.question, tokenizer))["input_ids"],
             EVAL_MAX_NEW_TOKENS,
         )
-        for i, item in enumerate(held_out[:16])
+        for i, item in enumerate(held_out[:8])
     ]
     right = sum(
         score_final(done.text, held_out[done.id].answer, thinking_open=True) == "right"
         for done in generate(model, tokenizer, requests, note=lambda line: None)
     )
     result = read_json(trained / runs.RECORD)["result"]
-    assert result["eval_score"] == pytest.approx(100 * right / 16)
-    assert result["eval_score_stderr"] == pytest.approx(100 * (right / 16 * (1 - right / 16) / 16) ** 0.5)
+    assert result["eval_score"] == pytest.approx(100 * right / 8)
+    assert result["eval_score_stderr"] == pytest.approx(100 * (right / 8 * (1 - right / 8) / 8) ** 0.5)
 
 
 def test_the_best_score_is_kept_ties_by_loss_and_patience_stops(dataset, tmp_path, monkeypatch):
@@ -502,9 +518,18 @@ def interrupt_at(step, script, arguments, monkeypatch):
     assert stopped.value.code == 130
 
 
-def test_an_interrupt_stops_after_the_step_saves_and_goes_on(trained, dataset, tmp_path, monkeypatch, capsys):
-    interrupt_at(6, train, flags(dataset, tmp_path / "run"), monkeypatch)
-    assert "stopped after step 6 and saved" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def interrupted(dataset, tmp_path_factory):
+    """The folder of a run that was interrupted in step 6; a test works on its own copy."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        interrupt_at(6, train, flags(dataset, folder), patch)
+    assert "stopped after step 6 and saved" in printed.getvalue()
+    return folder
+
+
+def test_an_interrupt_stops_after_the_step_saves_and_goes_on(trained, interrupted, dataset, tmp_path, capsys):
+    shutil.copytree(interrupted, tmp_path / "run")
     assert (tmp_path / "run/checkpoint-6").is_dir()
     assert train.main(flags(dataset, tmp_path / "run", "--resume")) == 0
     assert "going on after step 6" in capsys.readouterr().out
@@ -550,7 +575,7 @@ def test_a_training_that_diverges_stops_and_keeps_the_best_there_was(dataset, tm
 
 def test_a_run_killed_after_its_last_checkpoint_only_finishes(dataset, tmp_path, monkeypatch):
     """--max-steps ends inside an epoch, where transformers alone would train one step too many."""
-    more = ("--max-steps", 6)
+    more = ("--max-steps", 6, "--eval-questions", 0)
     assert train.main(flags(dataset, tmp_path / "whole", *more)) == 0
 
     def die(*_):
@@ -641,10 +666,9 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path, capsys):
 
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_with_the_same_weights(
-    trained, dataset, tmp_path, monkeypatch, capsys
+    trained, interrupted, dataset, tmp_path, monkeypatch, capsys
 ):
-    folder = tmp_path / "run"
-    interrupt_at(6, train, flags(dataset, folder), monkeypatch)
+    folder = shutil.copytree(interrupted, tmp_path / "run")
     (folder / "checkpoint-6/optimizer.pt").unlink()
     (folder / "checkpoint-8").mkdir()  # a wreck where a checkpoint will be saved, with a trap in it
     (folder / "checkpoint-8/pytorch_model.bin").write_text("trap")
@@ -732,6 +756,8 @@ def test_adapter_is_taken_by_inference_and_merged_answers_alike(dataset, tmp_pat
         5e-3,
         "--max-steps",
         3,
+        "--eval-questions",
+        0,
     )
     assert train_lora.main(flags(dataset, tmp_path / "adapter", *lora)) == 0
     assert train_lora.main(flags(dataset, tmp_path / "merged", *lora, "--merge")) == 0
@@ -779,7 +805,7 @@ def test_the_base_of_an_adapter_stays_as_it_is_in_bf16(dataset, tmp_path):
 
 
 def test_bf16_computes_with_fp32_weights(dataset, tmp_path):
-    assert train.main(flags(dataset, tmp_path / "run", "--dtype", "bf16", "--max-steps", 2)) == 0
+    assert train.main(flags(dataset, tmp_path / "run", "--dtype", "bf16", "--max-steps", 2, "--eval-questions", 0)) == 0
     assert {weight.dtype for weight in load_file(tmp_path / "run/model.safetensors").values()} == {torch.float32}
 
 
@@ -791,10 +817,30 @@ def test_push_to_hub_asks_for_the_repository_first_and_uploads_at_the_end(datase
         monkeypatch.setattr(
             huggingface_hub.HfApi, method, lambda self, method=method, **named: calls.append((method, named))
         )
-    assert train.main(flags(dataset, tmp_path / "run", "--max-steps", 1, "--push-to-hub", "me/model")) == 0
+    assert (
+        train.main(
+            flags(dataset, tmp_path / "run", "--max-steps", 1, "--eval-questions", 0, "--push-to-hub", "me/model")
+        )
+        == 0
+    )
     assert [method for method, _ in calls] == ["create_repo", "upload_folder"]
     assert calls[1][1] == {"repo_id": "me/model", "folder_path": tmp_path / "run"}
-    assert train.main(flags(dataset, tmp_path / "run", "--max-steps", 1, "--push-to-hub", "me/model", "--resume")) == 0
+    assert (
+        train.main(
+            flags(
+                dataset,
+                tmp_path / "run",
+                "--max-steps",
+                1,
+                "--eval-questions",
+                0,
+                "--push-to-hub",
+                "me/model",
+                "--resume",
+            )
+        )
+        == 0
+    )
     assert [method for method, _ in calls] == ["create_repo", "upload_folder"] * 2  # finished, and uploaded once more
 
 
@@ -826,7 +872,7 @@ def test_short_memory_takes_fewer_sequences_at_once_or_refuses(dataset, monkeypa
     model = load_model(find_model(MODEL), "fp32", torch.device("cpu"))
     state = 12 * train.trainable(model)
     sequence = 200 * train.activation_bytes_per_token(model, 4, fused_head=False)
-    for room, at_once in ((12, 3), (3, 3), (2, 2), (1, 1)):
+    for room, at_once in ((6, 3), (3, 3), (2, 2), (1, 1)):
         monkeypatch.setattr(model_module, "free_memory", lambda device, free=state + room * sequence: free)
         assert train.fit_into_memory(args, model, torch.device("cpu"), 200, 3) == at_once
     assert "memory is short: 1 sequences at once, not 3" in capsys.readouterr().out
@@ -836,7 +882,7 @@ def test_short_memory_takes_fewer_sequences_at_once_or_refuses(dataset, monkeypa
 
 
 def no_gold(folder):
-    write_problems(folder, PROBLEMS[:80] + [{"question": "Why?", "answer": "Because."}])
+    write_problems(folder, PROBLEMS[:40] + [{"question": "Why?", "answer": "Because."}])
 
 
 def empty(folder):
@@ -845,23 +891,23 @@ def empty(folder):
 
 
 def few(folder):
-    write_problems(folder, PROBLEMS[:45])
+    write_problems(folder, PROBLEMS[:25])
 
 
 BAD_INPUTS = [  # script, what spoils the data set, more flags, what the line names
     (train, empty, (), "train.jsonl: holds no questions"),
-    (train, no_gold, (), "train question 80: ground_truth_answer is no number"),
-    (train, few, (), "--batch-size 12: more than the 5 examples"),
-    (train, None, ("--eval-size", 88), "has 88 train questions"),
-    (train, None, ("--eval-questions", 41), "--eval-questions 41: only --eval-size 40"),
-    (train, None, ("--gradient-accumulation", 5), "--batch-size 12: cannot be cut into 5 equal parts"),
+    (train, no_gold, (), "train question 40: ground_truth_answer is no number"),
+    (train, few, (), "--batch-size 6: more than the 5 examples"),
+    (train, None, ("--eval-size", 44), "has 44 train questions"),
+    (train, None, ("--eval-questions", 21), "--eval-questions 21: only --eval-size 20"),
+    (train, None, ("--gradient-accumulation", 5), "--batch-size 6: cannot be cut into 5 equal parts"),
     (train, None, ("--learning-rate", "0"), "--learning-rate: must be above 0"),
     (train, None, ("--learning-rate", "fast"), "--learning-rate: wants a number"),
     (train, None, ("--warmup", "-1"), "--warmup: must be 0 or more"),
     (train, None, ("--epochs", "0"), "--epochs: must be 1 or more"),
     (train, None, ("--dtype", "int8"), "--dtype: invalid choice"),
     (train, None, ("--model-id", "./nowhere"), "--model-id ./nowhere: not a model"),
-    (train, None, ("--dataset", "./nowhere"), "--dataset ./nowhere: not a folder"),
+    (train, None, ("--dataset", "./nowhere"), "--dataset ./nowhere: no such file or folder"),
     (train, None, ("--output-dir", ROOT / "results"), "and no train.run.json; pass an empty folder"),
     (train, None, ("--output-dir", str(Path(MODEL).parent), "--overwrite"), "demo: holds --model-id"),
     (train, None, ("--output-dir", "/proc/model"), "--output-dir /proc/model: cannot be written"),
@@ -934,7 +980,7 @@ def write_completions(path, problems, mode="thinking", output="<think>\nfour\n</
 
 
 def test_own_right_answers_are_trained_on_from_the_prompt_that_they_were_sampled_with(dataset, tmp_path, capsys):
-    file = write_completions(tmp_path / "own.jsonl", PROBLEMS[:60], system_prompt="Think.")
+    file = write_completions(tmp_path / "own.jsonl", PROBLEMS[:30], system_prompt="Think.")
     tokenizer = load_tokenizer(find_model(MODEL))
     training, held_out = split(parse(dataset, tmp_path / "run"))
     lines = train.read_completions(file, str(dataset), training + held_out)
@@ -944,7 +990,7 @@ def test_own_right_answers_are_trained_on_from_the_prompt_that_they_were_sampled
     question = PROBLEMS[0]["question"]
     assert ask(question) == build_prompt("thinking", question, tokenizer, system_prompt="Think.")
     asked = {build_prompt("thinking", item.question, tokenizer, system_prompt="Think.") for item in held_out}
-    assert len(pairs) + len(held_out_pairs) == 60
+    assert len(pairs) + len(held_out_pairs) == 30
     assert {prompt for prompt, _ in held_out_pairs} < asked and not {prompt for prompt, _ in pairs} & asked
     rows = train.encode_examples("training", pairs, tokenizer, 2048, 1000)
     inference_prompt = tokenizer(pairs[0][0], add_special_tokens=False)["input_ids"]
@@ -955,9 +1001,12 @@ def test_own_right_answers_are_trained_on_from_the_prompt_that_they_were_sampled
 
 def test_own_right_answers_train_a_model_and_are_named_by_its_card(dataset, tmp_path, capsys):
     file = write_completions(tmp_path / "own.jsonl", PROBLEMS, "cot", "Two and two.\n#### 4")
-    assert train.main(flags(dataset, tmp_path / "run", "--max-steps", 2, "--completions", file)) == 0
+    assert (
+        train.main(flags(dataset, tmp_path / "run", "--max-steps", 2, "--eval-questions", 2, "--completions", file))
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "88 completions of mode cot: 48 to train on, 40 of held-out questions" in printed
+    assert "44 completions of mode cot: 24 to train on, 20 of held-out questions" in printed
     card = (tmp_path / "run/README.md").read_text()
     assert "on right answers of its own" in card and "<think>\n\n</think>" in card  # cot's prompt closes the thought
     assert read_json(tmp_path / "run/train.run.json")["decides"]["completions"] == hash_file(file)
