@@ -72,7 +72,9 @@ def read_lenient(text: str, thinking: bool, cut: bool = False, final: Reading | 
     """The answer that a reader accepts who does not insist on `####`; never in place of `read_final`.
 
     What `read_final` reads counts first. Then, in this order: the last box; `Final answer: 18`; `The answer is 18.`;
-    a line `ANSWER: 18`; `<answer>18</answer>`; the last number where it is bold; a last line that is a number.
+    a line `ANSWER: 18`; `<answer>18</answer>`; the last number where it is bold; a last line that is a number; a whole
+    last sentence that concludes (`So she has 18 eggs.`) or computes (`She makes 9 * 2 = 18 dollars.`), for small
+    models mostly end so where they miss the form.
     `cut`: the text ran into the token limit. Then it is unfinished, unless only a problem of its own was cut.
     `final`: what `read_final` reads, where that is known already.
     """
@@ -177,6 +179,21 @@ def accepted_spans(text: str, begin: int, stop: int):
     start = BULLET.match(text, start, begin + len(words)).end()
     if BARE_LINE.fullmatch(text, start, begin + len(words)):
         yield start, begin + len(words)
+    sentence = last_sentence(text, begin, stop)
+    if sentence and (CONCLUDES.match(text, *sentence) or text.find("=", *sentence) >= 0):
+        yield sentence
+
+
+def last_sentence(text: str, begin: int, stop: int) -> tuple[int, int] | None:
+    """The span of the last sentence of text[begin:stop]; None where it is not whole, or long."""
+    near = max(begin, stop - LONGEST_SENTENCE)
+    end = near + len(text[near:stop].rstrip(" \t\r\n*_$"))
+    if text[near:end][-1:] not in (".", "!"):
+        return None
+    *_, before = [None, *SENTENCE_END.finditer(text, near, end - 1)]
+    if before:
+        return before.end(), end
+    return (begin, end) if near == begin else None
 
 
 def read_marked(text: str, begin: int, stop: int) -> tuple[Reading, int]:
@@ -306,6 +323,11 @@ ANSWER_LABEL = re.compile(
 ANSWER_TAG = re.compile(r"<answer>([^<]{0,300})</answer>", re.IGNORECASE)
 BOLD = re.compile(r"(?:\*\*|__)([^*_\n]{1,200})(?:\*\*|__)")
 SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)|\n|\*\*(?=\s|\Z)")
+LONGEST_SENTENCE = 500  # characters
+CONCLUDES = re.compile(
+    r"[\s*_>-]*(?:so|thus|therefore|hence|in total|in all|altogether|together|overall|in conclusion|this means|as a result)\b",
+    re.IGNORECASE,
+)
 NO_WORDS = " \t\r\n.$*_`\\])>"
 BARE_LINE = re.compile(r"[\s$£€¥*_`\\()\[\]{},.%/0-9½¼¾−-]{1,60}")
 NAMES_ANSWER = re.compile(r"\b(?:ans|answer|result|final|conclusion|total|therefore|thus|hence|so)\b", re.IGNORECASE)

@@ -246,20 +246,23 @@ def label_lines(counts):
 
 
 SEEN = (
-    "The lenient reading takes no number that the labels do not. All 21 answers on which it differs are of one kind, a",
-    "last sentence that names no answer (`So, Tom pays $15 in a year.`): it leaves them out, where a reader takes the",
-    "number. Flexible extract and Math-Verify take those, and the last number of texts that were cut or went in circles.",
+    "The lenient reading takes no number that the labels do not, and leaves out three that they take: one where `This is",
+    "the final answer.` follows the sentence with the number, two whose last sentence holds another number too. Without",
+    "its last form, a whole last sentence that concludes or computes, it agreed on 279. Flexible extract and Math-Verify",
+    "also take the last number of texts that were cut or went in circles, and one of two in a last sentence.",
     "",
     "Read one by one, up to 50 a file: the answers of the published files, and all 660 `cot` answers of each real model,",
-    "on which the verdicts of the lenient reading and of Math-Verify 0.9.0 differ (4 of Qwen2.5-Coder, 6 of SmolLM2; 109,",
+    "on which the verdicts of the lenient reading and of Math-Verify 0.9.0 differ (1 of Qwen2.5-Coder, 4 of SmolLM2; 109,",
     "2, 2, 1 and 1 of the published thinking, SFT, cot, few_shot and zero_shot files). A reader sides with the lenient",
-    "reading in all but five, which end in such a sentence (ids 222, 253 and 447 of Qwen2.5-Coder, 348 and 438 of",
-    "SmolLM2). The rest are thoughts that never closed, answers that were cut, and dollar amounts in the working that",
-    "Math-Verify takes for a formula, for two dollar signs enclose one: of `The total cost on Amazon is $20, and on eBay, the total",
-    "cost is $21. The difference is $1. #### $1` (id 592 of the thinking file) it reads 20.",
+    "reading in all of them: they are thoughts that never closed, answers that were cut, two numbers in one answer, and",
+    "dollar amounts in the working that Math-Verify takes for a formula, for two dollar signs enclose one. Of `The total",
+    "cost on Amazon is $20, and on eBay, the total cost is $21. The difference is $1. #### $1` (id 592 of the thinking",
+    "file) it reads 20.",
     "",
-    "Of SmolLM2's 660 `few_shot` answers 552 go on with a question of their own after `#### N`, mostly the riddle of the",
-    "bat and the ball. The answer before it counts: 13 are right, 3 by the published rule, 1 by flexible extract.",
+    "Format and skill come apart most in `few_shot`. Of 660 such answers of SmolLM2 552 go on with a question of their",
+    "own after `#### N`, mostly the riddle of the bat and the ball; the answer before it counts: 13 are right, 3 by the",
+    "published rule, 1 by flexible extract. Of 660 of Qwen2.5-Coder 523 end in a sentence without `####`: 18 are right by",
+    "the final answer, 85 by the lenient reading, 93 by the published rule, which takes the last number of any sentence.",
 )
 
 

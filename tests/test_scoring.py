@@ -302,6 +302,10 @@ LENIENT = {
     "She makes **$18** every day.": 18,
     "She makes 18 dollars:\n\n$18": 18,
     "Thus\n- 18": 18,
+    "There are 3 boys. So she has 18 eggs.": 18,
+    "There are 3 boys.\nShe makes 9 * 2 = 18 dollars.": 18,
+    "**Therefore**, the total is \\(90 + (40 - 90) = 140\\).": 140,
+    "In total, he has 400 on Saturday and 400 on Sunday.": 400,
     "50%": 50,
     "#### 4x\nThe answer is 18.": 18,
     "<think>The answer is 5.</think>The answer is 18.": 18,
@@ -310,7 +314,11 @@ LENIENT = {
 
 NOT_EVEN_LENIENT = {
     "x = 18": "no_answer",
-    "So she has 18 eggs.": "no_answer",
+    "She has 18 eggs.": "no_answer",
+    "So she has 18 eggs. Then": "no_answer",
+    "She makes 9 * 2 = 18 dollars": "no_answer",
+    "So she has 18 eggs": "no_answer",  # where nothing tells how the text ended, a sentence without its end is cut
+    "So 3 boys have 18 eggs.": "ambiguous",
     "The answer is not 5.": "no_answer",
     "To find the final answer, we add 5 to it.": "no_answer",
     "Answer: She had 5 apples.\nThen she ate 2.": "no_answer",
