@@ -33,6 +33,8 @@ LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 HARMLESS = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$"
 )
+# llama.cpp's names of the ways to split text that come to GPT-2's; some cut digits apart first, which their merges do too.
+SPLIT_AS_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "phi-2", "smollm", "starcoder", "refact", "command-r", "codeshell")
 # Adapters that are read from safetensors alone and can be added to the weights. XLORA opens files that its config
 # names, BOFT compiles code, prompts and prefixes change no weights.
 ADAPTER_TYPES = (
@@ -236,6 +238,8 @@ def read_gguf_header(path, changed):
 
 def check_gguf(files):
     """UserError for what transformers would pass over in silence: scaled positions, and layers without weights."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
     path = files.folder / files.gguf
     fields, shapes = gguf_header(files)
     kind = fields.get("general.architecture")
@@ -246,6 +250,12 @@ def check_gguf(files):
     if scaling != "none" and kind != "gpt-oss" and fields.get(f"{kind}.rope.scaling.factor") != 1:
         raise UserError(
             f"{path}: its positions are scaled ({scaling}), which transformers does not read from GGUF files"
+        )
+    split = fields.get("tokenizer.ggml.pre")
+    if fields.get("tokenizer.ggml.model") == "gpt2" and split not in {*GGUF_PRE_TOKENIZER_SPLITS, *SPLIT_AS_GPT2}:
+        log(
+            f"note: {path}: transformers does not know how its tokenizer splits text ({split}) and splits as GPT-2's; "
+            "some texts may get other tokens than the model was trained with"
         )
 
 

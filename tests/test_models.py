@@ -17,6 +17,7 @@ from test_bad_input import adapter, assert_error, config, infer, model, own_fold
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as product
+import train
 import train_lora
 from common import UserError, read_json
 from generation import Request, generate
@@ -293,7 +294,7 @@ def test_a_trained_adapter_names_its_base_by_its_whole_path(monkeypatch):
 SIZES = {"qwen3": {"head_dim": 128}, "llama": {}}  # transformers reads no head size of a qwen3 file: all have 128
 
 
-def write_gguf(folder, path, kind="qwen3", form="F32", tensors=(), **fields):
+def write_gguf(folder, path, kind="qwen3", form="F32", split="qwen2", tensors=(), **fields):
     """The model of a folder as a GGUF file, as llama.cpp's converter writes it."""
     import gguf
 
@@ -317,7 +318,7 @@ def write_gguf(folder, path, kind="qwen3", form="F32", tensors=(), **fields):
     writer.add_vocab_size(settings["vocab_size"])
     writer.add_file_type({"F32": 0, "Q8_0": 7}[form])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(split)
     ordered = sorted(tokens, key=tokens.get)
     writer.add_token_list(ordered)
     writer.add_token_types([3 if token in special else 4 if token in added else 1 for token in ordered])
@@ -396,6 +397,26 @@ def test_a_gguf_file_answers_and_its_quantization_is_recorded():
     record = read_json("a.run.json")
     assert record["segments"][0]["quantization"] == "MOSTLY_Q8_0"
     assert "sha256 of small.gguf" in record["decides"]
+
+
+def test_a_way_to_split_text_that_transformers_does_not_know_is_noted(capsys):
+    for split, noted in (("qwen2", False), ("smollm", False), ("default", True)):
+        find_model(write_gguf(build(**SIZES["qwen3"]), f"{split}.gguf", split=split))
+        assert (f"splits text ({split})" in capsys.readouterr().out) == noted
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("script", [train, train_lora])
+def test_a_gguf_file_can_be_trained(script):
+    path = write_gguf(build(max_position_embeddings=1024, **SIZES["qwen3"]), "small.gguf", form="Q8_0")
+    brief = ["--max-steps", "1", "--warmup", "0", "--batch-size", "4", "--eval-size", "8", "--eval-questions", "0"]
+    data = ["--dataset", str(ROOT / "demo/problems")]
+    assert script.main(["--model-id", path, "--output-dir", "out", *data, *brief]) == 0
+    assert read_json("out/train.run.json")["segments"][0]["quantization"] == "MOSTLY_Q8_0"
+    trained = load("out")
+    assert (logits(trained) - logits(load(path))).abs().max() > 0
+    if script is train:
+        assert_equal(trained, AutoModelForCausalLM.from_pretrained("out"))
 
 
 # ---- Refused by name, in one line
