@@ -1,18 +1,15 @@
 """Faults that happen to a run: it says so in one line, loses no finished answer, and goes on afterwards.
 
-`python tests/test_reliability.py > results/reliability.md` runs this file and its neighbours and
-writes their figures.
+`python bench/reliability.py` runs this file and its neighbours and writes results/reliability.md.
 """
 
 import contextlib
-import datetime
 import errno
 import functools
 import io
 import json
 import multiprocessing
 import os
-import platform
 import random
 import re
 import resource
@@ -21,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -585,46 +581,3 @@ def test_a_burst_that_reaches_a_process_leaves_no_traceback(tmp_path):
     _, err = process.communicate(timeout=600)
     assert "Traceback" not in err and err.splitlines()[-1] in ("interrupted", "terminated")
     assert process.returncode in (130, 143)
-
-
-# ------------------------------------------------------------------------------------------
-# results/reliability.md
-# ------------------------------------------------------------------------------------------
-
-
-def write_report():
-    reports, here = [], Path(__file__).parent
-
-    def keep(report):
-        if report.when == "call":
-            reports.append(report)
-
-    files = [here / f"test_{name}.py" for name in ("reliability", "bad_input", "hostile")]
-    files.append(here / "test_training.py::test_bad_input_is_one_line_and_exit_code_2")
-    plugin = types.SimpleNamespace(pytest_runtest_logreport=keep)
-    begun = time.monotonic()
-    with contextlib.redirect_stdout(sys.stderr):
-        code = pytest.main(["-q", "-p", "no:cacheprovider", *map(str, files)], plugins=[plugin])
-    today = datetime.datetime.now(datetime.UTC).date()
-    print("# What a run survives\n")
-    print("Made by `python tests/test_reliability.py > results/reliability.md`, which runs the tests named below,")
-    print(
-        f"on {today}, {os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}, without a GPU,"
-    )
-    print(f"in {time.monotonic() - begun:.0f} s.\n")
-    print("| inputs tried | ended as they must |\n| --- | ---: |")
-    for name, words in (("bad_input", "bad inputs: exit code 2, one line that names the thing"),
-                        ("hostile", "hostile inputs: no code run, no file written elsewhere, no terminal steered")):  # fmt: skip
-        outcomes = [r.outcome for r in reports if f"test_{name}" in r.nodeid]
-        print(f"| {words} | {outcomes.count('passed')} of {len(outcomes)} |")
-    print("\n| fault | outcome | figures |\n| --- | --- | --- |")
-    for r in reports:
-        path, _, test = r.nodeid.partition("::test_")
-        if path.endswith("test_reliability.py"):
-            figures = "; ".join(f"{name}: {value}" for name, value in r.user_properties)
-            print(f"| {test.replace('_', ' ')} | {r.outcome} | {figures} |")
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(write_report())
