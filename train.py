@@ -258,6 +258,8 @@ def check_arguments(args, device):
     """What can be refused before anything is loaded; fills in --dtype and what --overwrite says about --resume."""
     import torch
 
+    from model import choose_dtype
+
     if args.overwrite == "always" and args.resume:
         raise UserError("--overwrite drops the run that --resume would go on with: pass one of them")
     args.resume = args.resume or args.overwrite == "changed"
@@ -285,6 +287,8 @@ def check_arguments(args, device):
         args.dtype = "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
     elif args.dtype == "bf16" and not has_bf16(device):
         raise UserError(f"--dtype bf16: {device.type} has no bf16 here; pass --dtype fp32")
+    elif device.type == "cpu":
+        choose_dtype(args.dtype, device)  # says so where bf16 is the slower one
 
 
 def has_bf16(device) -> bool:
