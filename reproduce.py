@@ -42,10 +42,9 @@ from common import (
 from costs import record_in, show_list
 from data import Columns, load_questions
 from demo import sweep
-from scores import PUBLISHED_FILE, SEED
+from scores import PUBLISHED_FILE, PUBLISHER, SEED
 
 ROOT = Path(__file__).parent
-PUBLISHER = "AnirudhCheruvu"  # of the fine-tuned checkpoints on the hub
 
 
 # ---- The table
