@@ -360,3 +360,12 @@ def test_a_record_that_is_none_is_refused_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         costs.main([str(tmp_path / "a.run.json")])
     assert "a.run.json: is no run record" in capsys.readouterr().err
+
+
+def test_the_committed_page_of_the_demo_is_what_its_committed_answers_give(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    shutil.copytree(ROOT / "results/demo/model", tmp_path / "results/demo/model")
+    reproduce.main(["report", "--model-id", "demo/model", "--dataset", "demo/problems"])
+    page = tmp_path / "results/demo/model/README.md"
+    assert page.read_text() == (ROOT / "results/demo/model/README.md").read_text(), "python reproduce.py report"
