@@ -14,6 +14,7 @@ Where the other subjects are:
     scores.py       scored files: intervals, votes, comparison, published figures
     report.py       tables, notes, the page; pictures.py the pictures
     trainer.py      the trainers: loss, order of the examples, evaluation, signals; checkpoints.py their checkpoints
+    rollouts.py     the answers that train_grpo.py learns from
     reproduce.py    the experiments, one command for all; costs.py what they cost
 
 This module imports neither torch nor transformers, so that `--help` and `benchmark.py` start at once.
