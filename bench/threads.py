@@ -1,0 +1,97 @@
+"""Measure generation on a CPU beside a busy process, by how OpenMP's threads wait for one another.
+
+Threads that spin at a barrier waste the time that a thread without a core needs. Each setting answers the same
+questions with inference.py, alone and beside a process that never rests, by turns. Prints a Markdown table.
+
+    python bench/threads.py                                        # the demo's model
+    python bench/threads.py --model-id FILE.gguf --dataset FOLDER --limit 32 --max-new-tokens 64
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common import ArgumentParser, at_least, command_line
+
+UNSET = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+SETTINGS = {
+    "as it comes": {},
+    "OpenMP's own waiting": {"GOMP_SPINCOUNT": "300000"},
+    "spins 100,000": {"GOMP_SPINCOUNT": "100000"},
+    "spins 10,000": {"GOMP_SPINCOUNT": "10000"},
+    "spins 1,000": {"GOMP_SPINCOUNT": "1000"},
+    "passive waiting": {"OMP_WAIT_POLICY": "passive"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+BUSY = "while True: pass"
+
+
+@command_line
+def main(argv=None):
+    args = parse_args(argv)
+    names = args.settings or list(SETTINGS)
+    rates = {(name, beside): [] for name in names for beside in (False, True)}
+    for _ in range(args.rounds):
+        for name, beside in rates:
+            rates[name, beside].append(tokens_per_second(args, SETTINGS[name], beside))
+            print(
+                f"{name}, {'beside a busy process' if beside else 'alone'}: {rates[name, beside][-1]:.0f}",
+                file=sys.stderr,
+            )
+    print(
+        f"| tokens/s, {args.model_id}, {os.cpu_count()} cores | alone | beside a busy process |\n| --- | ---: | ---: |"
+    )
+    for name in names:
+        alone, busy = (statistics.median(rates[name, beside]) for beside in (False, True))
+        print(f"| {name} | {alone:.0f} | {busy:.0f} |")
+    return 0
+
+
+def parse_args(argv):
+    parser = ArgumentParser("threads.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model-id", default="demo/model", help="folder or GGUF file (default %(default)s)")
+    add("--dataset", default="demo/problems", help="folder with test.jsonl (default %(default)s)")
+    add("--mode", default="cot", help="prompting mode (default %(default)s)")
+    add("--limit", type=at_least(1), default=200, help="questions (default %(default)s)")
+    add("--max-new-tokens", type=at_least(1), default=128, help="most new tokens an answer (default %(default)s)")
+    add("--rounds", type=at_least(1), default=2, help="how often each is measured (default %(default)s)")
+    add("--settings", nargs="+", choices=SETTINGS, help="the ways of waiting to measure (default all)")
+    return parser.parse_args(argv)
+
+
+def tokens_per_second(args, setting: dict, beside: bool) -> float:
+    """Output tokens a second by the run record, which counts from the first prompt to the last answer."""
+    environment = {key: value for key, value in os.environ.items() if key not in UNSET} | setting
+    busy = subprocess.Popen([sys.executable, "-c", BUSY]) if beside else None
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "answers.jsonl"
+            flags = {
+                "--model-id": args.model_id, "--dataset": args.dataset, "--mode": args.mode, "--limit": args.limit,
+                "--max-new-tokens": args.max_new_tokens, "--output": output, "--dtype": "fp32",
+            }  # fmt: skip
+            command = [
+                sys.executable,
+                str(ROOT / "inference.py"),
+                *(str(part) for pair in flags.items() for part in pair),
+            ]
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            segment = json.loads(output.with_suffix(".run.json").read_text())["segments"][-1]
+            return segment["output_tokens"] / segment["seconds"]
+    finally:
+        if busy:
+            busy.kill()
+            busy.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
