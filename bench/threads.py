@@ -40,12 +40,10 @@ def main(argv=None):
     names = args.settings or list(SETTINGS)
     rates = {(name, beside): [] for name in names for beside in (False, True)}
     for _ in range(args.rounds):
-        for name, beside in rates:
-            rates[name, beside].append(tokens_per_second(args, SETTINGS[name], beside))
-            print(
-                f"{name}, {'beside a busy process' if beside else 'alone'}: {rates[name, beside][-1]:.0f}",
-                file=sys.stderr,
-            )
+        for (name, beside), measured in rates.items():
+            measured.append(tokens_per_second(args, SETTINGS[name], beside))
+            place = "beside a busy process" if beside else "alone"
+            print(f"{name}, {place}: {measured[-1]:.0f}", file=sys.stderr)
     print(
         f"| tokens/s, {args.model_id}, {os.cpu_count()} cores | alone | beside a busy process |\n| --- | ---: | ---: |"
     )
