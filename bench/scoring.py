@@ -248,8 +248,10 @@ def label_lines(counts):
 SEEN = (
     "The lenient reading takes no number that the labels do not, and leaves out three that they take: one where `This is",
     "the final answer.` follows the sentence with the number, two whose last sentence holds another number too. Without",
-    "its last form, a whole last sentence that concludes or computes, it agreed on 279. Flexible extract and Math-Verify",
-    "also take the last number of texts that were cut or went in circles, and one of two in a last sentence.",
+    "its last form, a whole last sentence that concludes or computes, it agreed on 279. That form was added after these",
+    "labels were seen, so part of the agreement is a fit. Of most answers the end was read: 330 characters of the real",
+    "models', 160 of the published ones. Flexible extract and Math-Verify also take",
+    "the last number of texts that were cut or went in circles, and one of two in a last sentence.",
     "",
     "Read one by one, up to 50 a file: the answers of the published files, and all 660 `cot` answers of each real model,",
     "on which the verdicts of the lenient reading and of Math-Verify 0.9.0 differ (1 of Qwen2.5-Coder, 4 of SmolLM2; 109,",
