@@ -366,7 +366,8 @@ def build_prompt(
             )
         return chatml_think_prefill(question, system_prompt)
     if few_shot_style == "completion":
-        return completion_prompt(mode, question, tokenizer.bos_token or "", examples, system_prompt)
+        bos = tokenizer.bos_token if tokenizer.bos_token != "<|im_start|>" else None  # which opens a turn of ChatML
+        return completion_prompt(mode, question, bos or "", examples, system_prompt)
     messages = build_messages(mode, question, examples, few_shot_style, system_prompt)
     if messages[0]["role"] == "system" and not has_system_turn(tokenizer):
         instruction, first, *others = messages

@@ -430,7 +430,7 @@ def describe_command(args, files, template_time: datetime.datetime | None) -> di
         "answer_column": args.answer_column if args.answer_column != "answer" else None,
         "few_shot_file": args.few_shot_file and str(args.few_shot_file),
         "template_time": template_time and template_time.isoformat(),
-        "generation_config_ignored": None if args.server else ignored_settings((files.base or files).folder),
+        "generation_config_ignored": None if args.server else ignored_settings(files.base or files),
     }
     return described | {name: value for name, value in further.items() if value}
 
@@ -447,16 +447,17 @@ OTHER_DECODING = {
 }  # fmt: skip
 
 
-def ignored_settings(folder: Path) -> dict:
-    """The settings of a model's generation config that are not applied here."""
-    config = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+def ignored_settings(files) -> dict:
+    """The settings of a model's generation config that are not applied here; a GGUF file has none."""
+    path = files.folder / "generation_config.json"
+    config = read_json(path) if path.is_file() and not files.gguf else {}
     ignored = {}
     for name, neutral in OTHER_DECODING.items():
         if config.get(name) and config[name] not in neutral:
             ignored[name] = config[name]
     if ignored:
         told = ", ".join(f"{name} {value}" for name, value in ignored.items())
-        log(f"note: {folder}/generation_config.json asks for {told}, which is not applied; the run record says so")
+        log(f"note: {path} asks for {told}, which is not applied; the run record says so")
     return ignored
 
 

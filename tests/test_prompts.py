@@ -129,6 +129,8 @@ def test_completion_style_is_plain_text_that_begins_with_the_tokenizers_first_to
     tokenizer = copy.deepcopy(demo_tokenizer)
     tokenizer.bos_token = "<|endoftext|>"
     assert build_prompt("few_shot", "Last?", tokenizer, examples, "completion") == "<|endoftext|>" + plain
+    tokenizer.bos_token = "<|im_start|>"  # as SmolLM2-Instruct has it, where it opens a turn
+    assert build_prompt("few_shot", "Last?", tokenizer, examples, "completion") == plain
     asked = build_prompt("cot", "Last?", demo_tokenizer, few_shot_style="completion")
     assert asked == f"{MODES['cot'].instruction}\n\nQuestion: Last?\nAnswer:"
 
