@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from checkpoints import drop_checkpoints
 from common import (
+    COMPLETION_STOP,
     MODES,
     ArgumentParser,
     UserError,
@@ -127,7 +128,13 @@ def fine_tune(args, build_model):
             args=build_config(args, len(examples), end.token, device.type == "cpu", resumed),
             processing_class=tokenizer,
             examples=examples,
-            held_out=HeldOut(held_out_examples, held_out[: args.eval_questions], ask, longest_completion(examples)),
+            held_out=HeldOut(
+                examples=held_out_examples,
+                questions=held_out[: args.eval_questions],
+                ask=ask,
+                max_new_tokens=longest_completion(examples),
+                stop_texts=COMPLETION_STOP if asked["few_shot_style"] == "completion" else (),
+            ),
             at_once=at_once,
             patience=args.patience,
         )

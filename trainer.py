@@ -40,6 +40,9 @@ from model import positions
 from reading import score_final
 
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.*")  # TRL 1.16 and peft still use the old name
+warnings.filterwarnings(
+    "ignore", "Could not find a config file"
+)  # peft, beside a GGUF file; no vocabulary changes here
 
 EVAL_MAX_NEW_TOKENS = 512  # the longest reference completion of GSM8K's train split has 456 tokens
 AT_ONCE = {"cuda": 8}  # sequences that go through the model together, by kind of device
@@ -143,6 +146,7 @@ class HeldOut:
     questions: list[Question]
     ask: Callable[[str], str]  # the prompt of a question
     max_new_tokens: int
+    stop_texts: tuple[str, ...] = ()  # an answer ends before the first of them
 
 
 @dataclass
@@ -233,7 +237,8 @@ class Scored:
         ]
         # One autocast around all steps: it then casts every weight once, not once a token.
         with self.accelerator.autocast():
-            done = generate(model, tokenizer, requests, Decoding(), note=lambda line: None)
+            stops = self.held_out.stop_texts
+            done = generate(model, tokenizer, requests, Decoding(), note=lambda line: None, stop_texts=stops)
             bar = tqdm(done, "eval_score", len(requests), unit="question", leave=False, disable=not is_main())
             right = sum(
                 score_final(item.text, questions[item.id].answer, thinking_is_open(texts[item.id])) == "right"

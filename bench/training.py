@@ -12,6 +12,7 @@ a CUDA device the case `gpu` runs instead: Qwen3-0.6B's shape, random weights, i
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -217,6 +218,8 @@ def grouped_order(lengths, seed):
 
 def measure_model(model_id, steps, batch_size):
     """Seconds of processor time a step and peak memory beside the weights, as a Markdown table on stdout."""
+    from transformers import PrinterCallback
+
     tokenizer = load_tokenizer(find_model(model_id))
     questions = load_questions(str(SHARED / "gsm8k"), "train")[: steps * batch_size]
     ask = partial(build_prompt, "cot", tokenizer=tokenizer)
@@ -234,7 +237,7 @@ def measure_model(model_id, steps, batch_size):
             model = load(args, find_model(model_id), torch.device("cpu"))
             examples = train.encode_examples("training", pairs, tokenizer, positions(model), len(tokenizer))
             trainer = build(way, model, tokenizer, examples, examples[:1], 2e-5, 0, batch_size)
-            gc.collect()
+            trainer.remove_callback(PrinterCallback)
             held = reset_peak()
             begun = time.process_time()
             trainer.train()
@@ -254,8 +257,9 @@ def measure_model(model_id, steps, batch_size):
 
 
 def reset_peak():
-    """Begin a new peak of this process's memory (Linux alone); returns what it holds now, in bytes."""
+    """Begin a new peak of this process's memory (Linux with glibc alone); returns what it holds now, in bytes."""
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before would hide what is taken from here on
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 

@@ -265,13 +265,33 @@ def test_a_base_model_trained_on_chatml_stops_at_its_end_elsewhere_too(base_mode
 
 
 def test_a_model_without_a_template_is_trained_on_plain_text(base_model, dataset, tmp_path, capsys):
-    brief = ("--mode", "cot", "--max-steps", 1, "--eval-questions", 0, "--model-id", base_model)
+    brief = ("--mode", "cot", "--max-steps", 1, "--eval-questions", 1, "--model-id", base_model)
     assert train.main(flags(dataset, tmp_path / "run", *brief)) == 0
     decides = read_json(tmp_path / "run" / runs.RECORD)["decides"]
     assert decides["prompt"].endswith("\nAnswer:") and "<|im_start|>" not in decides["prompt"]
     assert decides["completion"].startswith(" ") and decides["completion"].endswith("<|endoftext|>")
     printed = capsys.readouterr().out
     assert f"inference.py --mode cot --few-shot-style completion --model-id {tmp_path / 'run'}" in printed
+
+
+def test_a_gguf_file_is_trained_and_saved_as_an_ordinary_folder(dataset, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from test_models import SIZES, build, write_gguf
+
+    monkeypatch.chdir(tmp_path)
+    write_gguf(build(**SIZES["qwen3"], max_position_embeddings=2048), "small.gguf", form="Q8_0")
+    brief = ("--mode", "cot", "--max-steps", 1, "--eval-questions", 0, "--model-id", tmp_path / "small.gguf")
+    brief = (*brief, "--learning-rate", 1e-9)
+    assert train.main(flags(dataset, tmp_path / "full", *brief)) == 0
+    assert train_lora.main(flags(dataset, tmp_path / "adapter", *brief)) == 0
+    assert "quantization_config" not in read_json(tmp_path / "full/config.json")
+    sources = (tmp_path / "small.gguf", tmp_path / "full", tmp_path / "adapter")
+    before, *after = (load_model(find_model(str(path)), "fp32", torch.device("cpu")) for path in sources)
+    with torch.inference_mode():
+        expected = before(torch.arange(100)[None]).logits
+        for model in after:
+            assert torch.allclose(model(torch.arange(100)[None]).logits, expected, atol=1e-3)
+    assert read_json(tmp_path / "full" / runs.RECORD)["decides"]["sha256 of small.gguf"]
 
 
 def test_a_generation_config_that_stays_invalid_is_refused_before_the_training():
