@@ -105,172 +105,610 @@ def flipped_header():
     return bytes(data)
 
 
-# name: (what makes the input and the command, what its one line must hold)
-FLAGS = {
-    "mode unknown": (lambda: infer("--mode", "cott"), "--mode", "cott"),
-    "flag unknown": (lambda: infer("--beams", "4"), "--beams"),
-    "flag without its value": (lambda: infer("--seed"), "--seed"),
-    "limit below one": (lambda: infer(limit="-1"), "--limit", "-1"),
-    "limit not a number": (lambda: infer(limit="ten"), "--limit", "ten"),
-    "batch size zero": (lambda: infer("--batch-size", "0"), "--batch-size"),
-    "batch size not a number": (lambda: infer("--batch-size", "big"), "--batch-size", "big"),
-    "few-shot-k in another mode": (lambda: infer("--few-shot-k", "2"), "--few-shot-k", "few_shot"),
-    "few-shot-style in another mode": (lambda: infer("--few-shot-style", "turns"), "--few-shot-style"),
-    "few-shot-k beyond the train split": (
-        lambda: infer("--mode", "few_shot", "--few-shot-k", "99999"), "--few-shot-k", "3000"),
-    "temperature where greedy": (lambda: infer("--temperature", "0.5"), "--temperature", "--do-sample"),
-    "temperature zero": (lambda: infer("--do-sample", "--temperature", "0"), "--temperature"),
-    "temperature not a number": (lambda: infer("--do-sample", "--temperature", "nan"), "--temperature"),
-    "temperature infinite": (lambda: infer("--do-sample", "--temperature", "inf"), "--temperature"),
-    "top-p above one": (lambda: infer("--do-sample", "--top-p", "1.5"), "--top-p"),
-    "top-k below zero": (lambda: infer("--do-sample", "--top-k", "-1"), "--top-k"),
-    "samples where greedy": (lambda: infer("--num-samples", "3"), "--num-samples", "--do-sample"),
-    "samples beyond memory": (lambda: infer("--do-sample", "--num-samples", "9" * 12), "--num-samples"),
-    "seed below zero": (lambda: infer("--seed", "-1"), "--seed"),
-    "seed beyond 31 bits": (lambda: infer("--do-sample", "--seed", "9" * 25), "--seed"),
-    "dtype unknown": (lambda: infer("--dtype", "fp64"), "--dtype", "fp64"),
-    "device unknown": (lambda: infer("--device", "tpux"), "--device", "tpux"),
-    "device without memory": (lambda: infer("--device", "meta"), "--device", "meta"),
-    "device not there": (lambda: infer("--device", "cuda:99"), "--device", "cuda:99"),
-    "prompts below one": (lambda: infer("--print-prompts", "0"), "--print-prompts"),
-    "system prompt not text": (lambda: infer("--system-prompt", "\udcff"), "\\udcff", "UTF-8"),
-    "output not .jsonl": (lambda: infer(output="a.txt"), "--output", "a.txt"),
-    "output below a file": (lambda: infer(output=write("f", "") + "/a.jsonl"), "f/a.jsonl", "cannot be written"),
-    "output is a folder": (lambda: (os.mkdir("d.jsonl"), infer(output="d.jsonl"))[1], "d.jsonl", "folder"),
-    "output name too long": (lambda: infer(output="a" * 300 + ".jsonl"), "aaa", "cannot be written"),
-    "output of another tool": (lambda: infer(output=write("b.jsonl", [ROW])), "b.jsonl", "--overwrite"),
-    "run record damaged": (
-        lambda: (write("a.run.json", "{"), infer())[1], "a.run.json", "not JSON"),
-    "run record of another shape": (
-        lambda: (write("a.run.json", '{"decides": 1, "segments": [{}]}'), infer())[1], "a.run.json", "--overwrite"),
-    "benchmark without files": (lambda: score(), "FILE"),
-    "benchmark flag unknown": (lambda: score("--nonsense", "x"), "--nonsense"),
-    "benchmark thinking unknown": (lambda: score("x", "--thinking", "maybe"), "--thinking", "maybe"),
-    "benchmark wrong below zero": (lambda: score("x", "--wrong", "-1"), "--wrong"),
-    "benchmark json and wrong": (lambda: score("x", "--json", "--wrong", "1"), "--wrong", "--json"),
-    "benchmark json and markdown": (lambda: score("x", "--json", "--markdown"), "--json", "--markdown"),
-    "benchmark compares one": (lambda: score("x", "--compare"), "--compare"),
-    "benchmark keeps none": (lambda: score("x", "--keep-correct", "y.jsonl", "--keep-most", "0"), "--keep-most"),
-    "benchmark plot not .png": (lambda: score("x", "--plot", "x.pdf"), "--plot", "x.pdf"),
-    "benchmark html in no folder": (lambda: score("x", "--html", "none/x.html"), "--html", "none/x.html"),
-    "benchmark keeps over its input": (
-        lambda: score(write("x.jsonl", [ROW]), "--keep-correct", "x.jsonl"), "--keep-correct", "overwrite"),
-    "benchmark keeps without a run record": (
-        lambda: score(write("x.jsonl", [ROW]), "--keep-correct", "y.jsonl"), "x.jsonl", "run record"),
-}  # fmt: skip
+CASES = {}
 
-MODELS = {
-    "folder missing": (lambda: infer(model="./none"), "./none", "not a model folder"),
-    "model is a file": (lambda: infer(model=write("f", "")), "--model-id f", "not a model folder"),
-    "folder empty": (lambda: (os.mkdir("m"), infer(model="m"))[1], "--model-id m", "config.json"),
-    "no weights": (lambda: infer(model=model({"model.safetensors": None})), "--model-id model", "safetensors"),
-    "pickled weights alone": (
-        lambda: infer(model=model({"model.safetensors": None, "pytorch_model.bin": b""})), "safetensors", "run code"),
-    "config not JSON": (lambda: infer(model=model({"config.json": "{"})), "config.json", "not JSON"),
-    "config a list": (lambda: infer(model=model({"config.json": "[]"})), "config.json", "object"),
-    "config empty": (lambda: infer(model=model({"config.json": "{}"})), "--model-id model", "model_type"),
-    "model type unknown": (lambda: infer(model=model(config(model_type="qwen9"))), "--model-id model", "qwen9"),
-    "model type without text": (lambda: infer(model=model(config(model_type="vit"))), "--model-id model"),
-    "quantized by what is not here": (
-        lambda: infer(model=model(config(quantization_config={"quant_method": "gptq", "bits": 4}))), "--model-id model"),
-    "sizes that do not fit the weights": (lambda: infer(model=model(config(hidden_size=64))), "--model-id model"),
-    "a size that is text": (lambda: infer(model=model(config(hidden_size="x"))), "--model-id model"),
-    "weights cut": (lambda: infer(model=model({"model.safetensors": cut(WEIGHTS)})), "--model-id model"),
-    "weights empty": (lambda: infer(model=model({"model.safetensors": b""})), "--model-id model"),
-    "weights with a flipped header": (
-        lambda: infer(model=model({"model.safetensors": flipped_header()})), "--model-id model"),
-    "weights that lack a key": (
-        lambda: infer(model=model(weights(lambda w: w.pop("model.norm.weight")))), "missing keys", "model.norm.weight"),
-    "weights of another shape": (
-        lambda: infer(model=model(weights(lambda w: w.update({"model.norm.weight": torch.ones(7)})))),
-        "model.norm.weight"),
-    "weights that are NaN": (
-        lambda: infer(model=model(weights(lambda w: w["model.norm.weight"].fill_(float("nan"))))), "question 0", "NaN"),
-    "index names a shard that is not there": (
-        lambda: infer(model=model({"model.safetensors": None, "x.safetensors": b"", "model.safetensors.index.json":
-            '{"metadata": {}, "weight_map": {"model.norm.weight": "model-1.safetensors"}}'})), "model-1.safetensors"),
-    "index names a pickle": (
-        lambda: infer(model=model({"model.safetensors": None, "x.safetensors": b"", "x.bin": b"",
-            "model.safetensors.index.json": '{"metadata": {}, "weight_map": {"model.norm.weight": "x.bin"}}'})),
-        "index.json", "x.bin"),
-    "generation config not JSON": (lambda: infer(model=model({"generation_config.json": "{"})), "generation_config"),
-    "tokenizer damaged": (
-        lambda: infer(model=model({"tokenizer.json": cut(MODEL / "tokenizer.json")})), "--model-id model", "tokenizer"),
-    "tokenizer missing": (
-        lambda: infer(model=model({"tokenizer.json": None, "tokenizer_config.json": None})), "tokenizer"),
-    "tokenizer of a larger vocabulary": (
-        lambda: infer(model=model(config(vocab_size=996) | weights(
-            lambda w: w.update({"model.embed_tokens.weight": w["model.embed_tokens.weight"][:996].clone()})))),
-        "--model-id model", "tokenizer"),
-    "no chat template": (lambda: infer(model=model(template(None))), "no chat template"),
-    "attention from the hub": (lambda: infer(model=model(config(attn_implementation="a/b"))), "attn_implementation"),
-    "chat template raises": (
-        lambda: infer(model=model(template("{{ raise_exception('no system role') }}"))), "no system role"),
-    "chat template not jinja": (lambda: infer(model=model(template("{% for %}"))), "chat template"),
-    "hub not reachable": (lambda: infer(model="nobody/nothing"), "nobody/nothing", "pass a model folder"),
-}  # fmt: skip
 
-ADAPTERS = {
-    "config not JSON": (lambda: infer(model=adapter({"adapter_config.json": "{"})), "adapter_config.json"),
-    "names no base": (lambda: infer(model=adapter(base=None)), "adapter_config.json", "base"),
-    "base is a number": (lambda: infer(model=adapter(base=5)), "adapter_config.json", "base"),
-    "base missing": (lambda: infer(model=adapter(base="./none")), "./none"),
-    "base is itself": (lambda: infer(model=adapter(base="adapter")), "adapter", "base"),
-    "no weights": (lambda: infer(model=adapter({"adapter_model.safetensors": None})), "adapter_model.safetensors"),
-    "pickled weights alone": (
-        lambda: infer(model=adapter({"adapter_model.safetensors": None, "adapter_model.bin": b""})),
-        "adapter_model.safetensors"),
-    "weights cut": (
-        lambda: infer(model=adapter({"adapter_model.safetensors": b"\x40"})), "--model-id adapter"),
-    "rank that does not fit": (lambda: infer(model=adapter(r=8)), "--model-id adapter", "q_proj"),
-    "weights of other layers": (lambda: infer(model=adapter(target_modules=["v_proj"])), "adapter_model.safetensors", "v_proj"),
-    "layers that are not there": (lambda: infer(model=adapter(target_modules=["nope"])), "--model-id adapter", "nope"),
-    "kind unknown": (lambda: infer(model=adapter(peft_type="MAGIC")), "--model-id adapter", "MAGIC"),
-}  # fmt: skip
+def named(*words):
+    """A case: the function makes a bad input and returns the `main` to call with its arguments; the one line holds the words."""
+
+    def register(case):
+        assert case.__name__ not in CASES
+        CASES[case.__name__] = (case, *words)
+        return case
+
+    return register
+
+
+@named("--mode", "cott")
+def flags_mode_unknown():
+    return infer("--mode", "cott")
+
+
+@named("--beams")
+def flags_flag_unknown():
+    return infer("--beams", "4")
+
+
+@named("--seed")
+def flags_flag_without_its_value():
+    return infer("--seed")
+
+
+@named("--limit", "-1")
+def flags_limit_below_one():
+    return infer(limit="-1")
+
+
+@named("--limit", "ten")
+def flags_limit_not_a_number():
+    return infer(limit="ten")
+
+
+@named("--batch-size")
+def flags_batch_size_zero():
+    return infer("--batch-size", "0")
+
+
+@named("--batch-size", "big")
+def flags_batch_size_not_a_number():
+    return infer("--batch-size", "big")
+
+
+@named("--few-shot-k", "few_shot")
+def flags_few_shot_k_in_another_mode():
+    return infer("--few-shot-k", "2")
+
+
+@named("--few-shot-style")
+def flags_few_shot_style_in_another_mode():
+    return infer("--few-shot-style", "turns")
+
+
+@named("--few-shot-k", "3000")
+def flags_few_shot_k_beyond_the_train_split():
+    return infer("--mode", "few_shot", "--few-shot-k", "99999")
+
+
+@named("--temperature", "--do-sample")
+def flags_temperature_where_greedy():
+    return infer("--temperature", "0.5")
+
+
+@named("--temperature")
+def flags_temperature_zero():
+    return infer("--do-sample", "--temperature", "0")
+
+
+@named("--temperature")
+def flags_temperature_not_a_number():
+    return infer("--do-sample", "--temperature", "nan")
+
+
+@named("--temperature")
+def flags_temperature_infinite():
+    return infer("--do-sample", "--temperature", "inf")
+
+
+@named("--top-p")
+def flags_top_p_above_one():
+    return infer("--do-sample", "--top-p", "1.5")
+
+
+@named("--top-k")
+def flags_top_k_below_zero():
+    return infer("--do-sample", "--top-k", "-1")
+
+
+@named("--num-samples", "--do-sample")
+def flags_samples_where_greedy():
+    return infer("--num-samples", "3")
+
+
+@named("--num-samples")
+def flags_samples_beyond_memory():
+    return infer("--do-sample", "--num-samples", "9" * 12)
+
+
+@named("--seed")
+def flags_seed_below_zero():
+    return infer("--seed", "-1")
+
+
+@named("--seed")
+def flags_seed_beyond_31_bits():
+    return infer("--do-sample", "--seed", "9" * 25)
+
+
+@named("--dtype", "fp64")
+def flags_dtype_unknown():
+    return infer("--dtype", "fp64")
+
+
+@named("--device", "tpux")
+def flags_device_unknown():
+    return infer("--device", "tpux")
+
+
+@named("--device", "meta")
+def flags_device_without_memory():
+    return infer("--device", "meta")
+
+
+@named("--device", "cuda:99")
+def flags_device_not_there():
+    return infer("--device", "cuda:99")
+
+
+@named("--print-prompts")
+def flags_prompts_below_one():
+    return infer("--print-prompts", "0")
+
+
+@named("\\udcff", "UTF-8")
+def flags_system_prompt_not_text():
+    return infer("--system-prompt", "\udcff")
+
+
+@named("--output", "a.txt")
+def flags_output_not_jsonl():
+    return infer(output="a.txt")
+
+
+@named("f/a.jsonl", "cannot be written")
+def flags_output_below_a_file():
+    return infer(output=write("f", "") + "/a.jsonl")
+
+
+@named("d.jsonl", "folder")
+def flags_output_is_a_folder():
+    os.mkdir("d.jsonl")
+    return infer(output="d.jsonl")
+
+
+@named("aaa", "cannot be written")
+def flags_output_name_too_long():
+    return infer(output="a" * 300 + ".jsonl")
+
+
+@named("b.jsonl", "--overwrite")
+def flags_output_of_another_tool():
+    return infer(output=write("b.jsonl", [ROW]))
+
+
+@named("a.run.json", "not JSON")
+def flags_run_record_damaged():
+    write("a.run.json", "{")
+    return infer()
+
+
+@named("a.run.json", "--overwrite")
+def flags_run_record_of_another_shape():
+    write("a.run.json", '{"decides": 1, "segments": [{}]}')
+    return infer()
+
+
+@named("FILE")
+def flags_benchmark_without_files():
+    return score()
+
+
+@named("--nonsense")
+def flags_benchmark_flag_unknown():
+    return score("--nonsense", "x")
+
+
+@named("--thinking", "maybe")
+def flags_benchmark_thinking_unknown():
+    return score("x", "--thinking", "maybe")
+
+
+@named("--wrong")
+def flags_benchmark_wrong_below_zero():
+    return score("x", "--wrong", "-1")
+
+
+@named("--wrong", "--json")
+def flags_benchmark_json_and_wrong():
+    return score("x", "--json", "--wrong", "1")
+
+
+@named("--json", "--markdown")
+def flags_benchmark_json_and_markdown():
+    return score("x", "--json", "--markdown")
+
+
+@named("--compare")
+def flags_benchmark_compares_one():
+    return score("x", "--compare")
+
+
+@named("--keep-most")
+def flags_benchmark_keeps_none():
+    return score("x", "--keep-correct", "y.jsonl", "--keep-most", "0")
+
+
+@named("--plot", "x.pdf")
+def flags_benchmark_plot_not_png():
+    return score("x", "--plot", "x.pdf")
+
+
+@named("--html", "none/x.html")
+def flags_benchmark_html_in_no_folder():
+    return score("x", "--html", "none/x.html")
+
+
+@named("--keep-correct", "overwrite")
+def flags_benchmark_keeps_over_its_input():
+    return score(write("x.jsonl", [ROW]), "--keep-correct", "x.jsonl")
+
+
+@named("x.jsonl", "run record")
+def flags_benchmark_keeps_without_a_run_record():
+    return score(write("x.jsonl", [ROW]), "--keep-correct", "y.jsonl")
+
+
+@named("./none", "not a model folder")
+def model_folder_missing():
+    return infer(model="./none")
+
+
+@named("--model-id f", "not a model folder")
+def model_model_is_a_file():
+    return infer(model=write("f", ""))
+
+
+@named("--model-id m", "config.json")
+def model_folder_empty():
+    os.mkdir("m")
+    return infer(model="m")
+
+
+@named("--model-id model", "safetensors")
+def model_no_weights():
+    return infer(model=model({"model.safetensors": None}))
+
+
+@named("safetensors", "run code")
+def model_pickled_weights_alone():
+    return infer(model=model({"model.safetensors": None, "pytorch_model.bin": b""}))
+
+
+@named("config.json", "not JSON")
+def model_config_not_json():
+    return infer(model=model({"config.json": "{"}))
+
+
+@named("config.json", "object")
+def model_config_a_list():
+    return infer(model=model({"config.json": "[]"}))
+
+
+@named("--model-id model", "model_type")
+def model_config_empty():
+    return infer(model=model({"config.json": "{}"}))
+
+
+@named("--model-id model", "qwen9")
+def model_model_type_unknown():
+    return infer(model=model(config(model_type="qwen9")))
+
+
+@named("--model-id model")
+def model_model_type_without_text():
+    return infer(model=model(config(model_type="vit")))
+
+
+@named("--model-id model")
+def model_quantized_by_what_is_not_here():
+    return infer(model=model(config(quantization_config={"quant_method": "gptq", "bits": 4})))
+
+
+@named("--model-id model")
+def model_sizes_that_do_not_fit_the_weights():
+    return infer(model=model(config(hidden_size=64)))
+
+
+@named("--model-id model")
+def model_a_size_that_is_text():
+    return infer(model=model(config(hidden_size="x")))
+
+
+@named("--model-id model")
+def model_weights_cut():
+    return infer(model=model({"model.safetensors": cut(WEIGHTS)}))
+
+
+@named("--model-id model")
+def model_weights_empty():
+    return infer(model=model({"model.safetensors": b""}))
+
+
+@named("--model-id model")
+def model_weights_with_a_flipped_header():
+    return infer(model=model({"model.safetensors": flipped_header()}))
+
+
+@named("missing keys", "model.norm.weight")
+def model_weights_that_lack_a_key():
+    return infer(model=model(weights(lambda w: w.pop("model.norm.weight"))))
+
+
+@named("model.norm.weight")
+def model_weights_of_another_shape():
+    return infer(model=model(weights(lambda w: w.update({"model.norm.weight": torch.ones(7)}))))
+
+
+@named("question 0", "NaN")
+def model_weights_that_are_nan():
+    return infer(model=model(weights(lambda w: w["model.norm.weight"].fill_(float("nan")))))
+
+
+@named("model-1.safetensors")
+def model_index_names_a_shard_that_is_not_there():
+    return infer(
+        model=model(
+            {
+                "model.safetensors": None,
+                "x.safetensors": b"",
+                "model.safetensors.index.json": '{"metadata": {}, "weight_map": {"model.norm.weight": "model-1.safetensors"}}',
+            }
+        )
+    )
+
+
+@named("index.json", "x.bin")
+def model_index_names_a_pickle():
+    return infer(
+        model=model(
+            {
+                "model.safetensors": None,
+                "x.safetensors": b"",
+                "x.bin": b"",
+                "model.safetensors.index.json": '{"metadata": {}, "weight_map": {"model.norm.weight": "x.bin"}}',
+            }
+        )
+    )
+
+
+@named("generation_config")
+def model_generation_config_not_json():
+    return infer(model=model({"generation_config.json": "{"}))
+
+
+@named("--model-id model", "tokenizer")
+def model_tokenizer_damaged():
+    return infer(model=model({"tokenizer.json": cut(MODEL / "tokenizer.json")}))
+
+
+@named("tokenizer")
+def model_tokenizer_missing():
+    return infer(model=model({"tokenizer.json": None, "tokenizer_config.json": None}))
+
+
+@named("--model-id model", "tokenizer")
+def model_tokenizer_of_a_larger_vocabulary():
+    return infer(
+        model=model(
+            config(vocab_size=996)
+            | weights(lambda w: w.update({"model.embed_tokens.weight": w["model.embed_tokens.weight"][:996].clone()}))
+        )
+    )
+
+
+@named("no chat template")
+def model_no_chat_template():
+    return infer(model=model(template(None)))
+
+
+@named("attn_implementation")
+def model_attention_from_the_hub():
+    return infer(model=model(config(attn_implementation="a/b")))
+
+
+@named("no system role")
+def model_chat_template_raises():
+    return infer(model=model(template("{{ raise_exception('no system role') }}")))
+
+
+@named("chat template")
+def model_chat_template_not_jinja():
+    return infer(model=model(template("{% for %}")))
+
+
+@named("nobody/nothing", "pass a model folder")
+def model_hub_not_reachable():
+    return infer(model="nobody/nothing")
+
+
+@named("adapter_config.json")
+def adapter_config_not_json():
+    return infer(model=adapter({"adapter_config.json": "{"}))
+
+
+@named("adapter_config.json", "base")
+def adapter_names_no_base():
+    return infer(model=adapter(base=None))
+
+
+@named("adapter_config.json", "base")
+def adapter_base_is_a_number():
+    return infer(model=adapter(base=5))
+
+
+@named("./none")
+def adapter_base_missing():
+    return infer(model=adapter(base="./none"))
+
+
+@named("adapter", "base")
+def adapter_base_is_itself():
+    return infer(model=adapter(base="adapter"))
+
+
+@named("adapter_model.safetensors")
+def adapter_no_weights():
+    return infer(model=adapter({"adapter_model.safetensors": None}))
+
+
+@named("adapter_model.safetensors")
+def adapter_pickled_weights_alone():
+    return infer(model=adapter({"adapter_model.safetensors": None, "adapter_model.bin": b""}))
+
+
+@named("--model-id adapter")
+def adapter_weights_cut():
+    return infer(model=adapter({"adapter_model.safetensors": b"\x40"}))
+
+
+@named("--model-id adapter", "q_proj")
+def adapter_rank_that_does_not_fit():
+    return infer(model=adapter(r=8))
+
+
+@named("adapter_model.safetensors", "v_proj")
+def adapter_weights_of_other_layers():
+    return infer(model=adapter(target_modules=["v_proj"]))
+
+
+@named("--model-id adapter", "nope")
+def adapter_layers_that_are_not_there():
+    return infer(model=adapter(target_modules=["nope"]))
+
+
+@named("--model-id adapter", "MAGIC")
+def adapter_kind_unknown():
+    return infer(model=adapter(peft_type="MAGIC"))
+
 
 GOOD = json.dumps(QUESTION) + "\n"
-DATA = {
-    "folder missing": (lambda: infer(dataset="./none"), "--dataset ./none"),
-    "dataset is a file": (lambda: infer(dataset=write("f", "")), "--dataset f"),
-    "split missing": (lambda: infer("--split", "validation", dataset=dataset(GOOD)), "validation.jsonl"),
-    "train split missing": (lambda: infer("--mode", "few_shot", dataset=dataset(GOOD)), "train.jsonl"),
-    "empty": (lambda: infer(dataset=dataset("")), "test.jsonl", "no questions"),
-    "blank": (lambda: infer(dataset=dataset("\n \n")), "test.jsonl", "no questions"),
-    "a line not JSON": (lambda: infer(dataset=dataset(GOOD + "{\n")), "test.jsonl:2"),
-    "a line not an object": (lambda: infer(dataset=dataset(GOOD + "[]\n")), "test.jsonl:2"),
-    "a line not UTF-8": (lambda: infer(dataset=dataset(GOOD.encode() + b'{"question": "\xff"}\n')), "test.jsonl:2"),
-    "no answer": (lambda: infer(dataset=dataset(GOOD + '{"question": "?"}\n')), "test.jsonl:2", "'answer'"),
-    "question a number": (lambda: infer(dataset=dataset([QUESTION | {"question": 7}])), "test.jsonl:1", "'question'"),
-    "question null": (lambda: infer(dataset=dataset([QUESTION | {"question": None}])), "test.jsonl:1", "'question'"),
-    "answer a list": (lambda: infer(dataset=dataset([QUESTION | {"answer": []}])), "test.jsonl:1", "'answer'"),
-    "half a surrogate pair": (
-        lambda: infer(dataset=dataset([QUESTION | {"question": "\ud800"}])), "test.jsonl:1", "'question'"),
-    "completions missing": (lambda: score("none.jsonl"), "none.jsonl", "cannot be read"),
-    "completions in a folder": (lambda: (os.mkdir("d"), score("d"))[1], "d:", "not a plain file"),
-    "completions empty": (lambda: score(write("x.jsonl", "")), "x.jsonl", "no line"),
-    "completions not JSON": (lambda: score(write("x.jsonl", json.dumps(ROW) + "\n{")), "x.jsonl:2"),
-    "completions without output": (
-        lambda: score(write("x.jsonl", [{"id": 0, "question": "", "ground_truth_answer": ""}])), "x.jsonl:1",
-        "'model_output'"),
-    "completion null": (lambda: score(write("x.jsonl", [ROW | {"model_output": None}])), "x.jsonl:1", "'model_output'"),
-    "id a list": (lambda: score(write("x.jsonl", [ROW | {"id": [1]}])), "x.jsonl:1", "'id'"),
-    "no number to hold against": (
-        lambda: score(write("x.jsonl", [ROW | {"ground_truth_answer": "two"}])), "x.jsonl:1", "####"),
-    "completion twice": (lambda: score(write("x.jsonl", [ROW, ROW])), "x.jsonl", "repeat"),
-    "other questions compared": (
-        lambda: score(write("x.jsonl", [ROW]), write("y.jsonl", [ROW | {"question": "another?"}]), "--compare"), "--compare", "x.jsonl"),
-}  # fmt: skip
 
-CASES = {
-    f"{kind}: {name}": case
-    for kind, cases in (("flags", FLAGS), ("model", MODELS), ("adapter", ADAPTERS), ("data", DATA))
-    for name, case in cases.items()
-}
+
+@named("--dataset ./none")
+def data_folder_missing():
+    return infer(dataset="./none")
+
+
+@named("--dataset f")
+def data_dataset_is_a_file():
+    return infer(dataset=write("f", ""))
+
+
+@named("validation.jsonl")
+def data_split_missing():
+    return infer("--split", "validation", dataset=dataset(GOOD))
+
+
+@named("train.jsonl")
+def data_train_split_missing():
+    return infer("--mode", "few_shot", dataset=dataset(GOOD))
+
+
+@named("test.jsonl", "no questions")
+def data_empty():
+    return infer(dataset=dataset(""))
+
+
+@named("test.jsonl", "no questions")
+def data_blank():
+    return infer(dataset=dataset("\n \n"))
+
+
+@named("test.jsonl:2")
+def data_a_line_not_json():
+    return infer(dataset=dataset(GOOD + "{\n"))
+
+
+@named("test.jsonl:2")
+def data_a_line_not_an_object():
+    return infer(dataset=dataset(GOOD + "[]\n"))
+
+
+@named("test.jsonl:2")
+def data_a_line_not_utf_8():
+    return infer(dataset=dataset(GOOD.encode() + b'{"question": "\xff"}\n'))
+
+
+@named("test.jsonl:2", "'answer'")
+def data_no_answer():
+    return infer(dataset=dataset(GOOD + '{"question": "?"}\n'))
+
+
+@named("test.jsonl:1", "'question'")
+def data_question_a_number():
+    return infer(dataset=dataset([QUESTION | {"question": 7}]))
+
+
+@named("test.jsonl:1", "'question'")
+def data_question_null():
+    return infer(dataset=dataset([QUESTION | {"question": None}]))
+
+
+@named("test.jsonl:1", "'answer'")
+def data_answer_a_list():
+    return infer(dataset=dataset([QUESTION | {"answer": []}]))
+
+
+@named("test.jsonl:1", "'question'")
+def data_half_a_surrogate_pair():
+    return infer(dataset=dataset([QUESTION | {"question": "\ud800"}]))
+
+
+@named("none.jsonl", "cannot be read")
+def data_completions_missing():
+    return score("none.jsonl")
+
+
+@named("d:", "not a plain file")
+def data_completions_in_a_folder():
+    os.mkdir("d")
+    return score("d")
+
+
+@named("x.jsonl", "no line")
+def data_completions_empty():
+    return score(write("x.jsonl", ""))
+
+
+@named("x.jsonl:2")
+def data_completions_not_json():
+    return score(write("x.jsonl", json.dumps(ROW) + "\n{"))
+
+
+@named("x.jsonl:1", "'model_output'")
+def data_completions_without_output():
+    return score(write("x.jsonl", [{"id": 0, "question": "", "ground_truth_answer": ""}]))
+
+
+@named("x.jsonl:1", "'model_output'")
+def data_completion_null():
+    return score(write("x.jsonl", [ROW | {"model_output": None}]))
+
+
+@named("x.jsonl:1", "'id'")
+def data_id_a_list():
+    return score(write("x.jsonl", [ROW | {"id": [1]}]))
+
+
+@named("x.jsonl:1", "####")
+def data_no_number_to_hold_against():
+    return score(write("x.jsonl", [ROW | {"ground_truth_answer": "two"}]))
+
+
+@named("x.jsonl", "repeat")
+def data_completion_twice():
+    return score(write("x.jsonl", [ROW, ROW]))
+
+
+@named("--compare", "x.jsonl")
+def data_other_questions_compared():
+    return score(write("x.jsonl", [ROW]), write("y.jsonl", [ROW | {"question": "another?"}]), "--compare")
+
+
 AS_PROCESSES = (
-    "flags: mode unknown",
-    "flags: benchmark compares one",
-    "model: weights that lack a key",
-    "adapter: weights of other layers",
+    "flags_mode_unknown",
+    "flags_benchmark_compares_one",
+    "model_weights_that_lack_a_key",
+    "adapter_weights_of_other_layers",
 )
 
 
