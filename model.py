@@ -386,19 +386,22 @@ def plan_model(files, element, device):
     config = AutoConfig.from_pretrained(files.folder, gguf_file=files.gguf, trust_remote_code=False)
     with torch.device("meta"), at_most_parameters(100 + 10 * len(shapes), files):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    packed = bool(getattr(config, "quantization_config", None))  # then up to eight weights are one number on disk
     for name, weight in model.state_dict().items():
-        if name in shapes and tuple(weight.shape) != shapes[name]:
+        if not packed and name in shapes and tuple(weight.shape) != shapes[name]:
             raise UserError(
                 f"{files.place}: its config wants {name} as {'x'.join(map(str, weight.shape))}, "
                 f"its weights hold it as {'x'.join(map(str, shapes[name]))}"
             )
     weights = sum(weight.numel() for weight in model.parameters())
     held = sum(map(math.prod, shapes.values()))
-    if weights > 2 * held and not getattr(config, "quantization_config", None):
+    if weights > (9 if packed else 2) * held:
         raise UserError(f"{files.place}: its config asks for {weights:,} weights, its files hold {held:,}")
     if files.gguf:
         refuse_left_out_of_gguf(files, model, weights, held)
-    size = weights * element + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    size = (min(weights, held) if packed else weights) * element + sum(
+        buffer.numel() * buffer.element_size() for buffer in model.buffers()
+    )
     free = free_memory(device)
     if size > free:
         raise UserError(

@@ -573,6 +573,15 @@ def test_nothing_large_is_allocated_for_a_config_that_does_not_fit(monkeypatch):
     assert not made
 
 
+def test_packed_weights_of_a_quantized_model_are_left_to_the_library_that_unpacks_them():
+    folder = build(tie_word_embeddings=True)
+    change_weights(folder, lambda held: held.update({"model.layers.0.mlp.up_proj.weight": torch.ones(256, 1)}))
+    with pytest.raises(UserError, match="up_proj.weight as 64x32"):
+        load(folder)
+    set_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    product.plan_model(find_model(folder), 4, CPU)
+
+
 # ---- The hub's cache, and devices
 
 
