@@ -149,6 +149,9 @@ def table_row(outcome):
 def page(args, sections):
     names = " ".join(Path(path).name for path in args.files)
     flags = f"--limit {args.limit} --max-new-tokens {args.max_new_tokens} --modes {' '.join(args.modes)}"
+    short = (
+        "With so few tokens most answers are cut before their end: this page is for the texts, not for the scores.\n\n"
+    )
     return f"""# GGUF files
 
 `python bench/gguf.py {names} {flags}`, {time.strftime("%Y-%m-%d")}: the first {args.limit} test questions of GSM8K,
@@ -159,7 +162,7 @@ prompts: ours with this project's generation, the other with transformers' `gene
 text that differs is beyond rounding where the two highest logits at the first token that differs are further
 apart than four times what fp32 moves a logit there, against fp64.
 
-{(chr(10) * 2).join(section for section in sections if section)}
+{short if args.max_new_tokens < 512 else ""}{(chr(10) * 2).join(section for section in sections if section)}
 """
 
 
