@@ -35,6 +35,7 @@ import torch
 
 from common import Decoding, UserError, first_line, log
 from graphs import CapturedSteps
+from linear import faster_linear
 from model import free_memory, is_out_of_memory
 from sampling import choose_tokens
 
@@ -149,7 +150,7 @@ def generate(
     stop_ids, hidden_ids = stop_token_ids(model, tokenizer), hidden_token_ids(tokenizer)
     has_stop_text = stop_text_finder(tokenizer, hidden_ids, stop_texts)
     cache = KVCache(choose_product(model.device, model.dtype, note))
-    with attention_replaced(model, cache), named_out_of_memory():
+    with attention_replaced(model, cache), faster_linear(model, note), named_out_of_memory():
         engine = Engine(model, cache, requests, decoding, stop_ids, has_stop_text, batch_size, limits, note)
         for sequence in engine.run():
             tokens, request = sequence.tokens, sequence.request

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import data
 import generation
+import linear
 from common import MODES, Decoding, UserError, build_prompt
 from generation import Cohort, Limits, Request, Scheduler, Sequence, generate
 from sampling import choose_tokens, counter_hash, has_fp64, sample_tokens
@@ -476,6 +477,42 @@ def test_both_products_for_gpus_give_the_same_tokens(tokenizer, monkeypatch):
         monkeypatch.setattr(generation, "choose_product", lambda *device, product=product: product)
         done.append(tokens_of(model, tokenizer, requests))
     assert done[0] == done[1]
+
+
+def test_large_layers_multiply_with_onednn_where_it_is_faster_and_give_the_same_tokens(tokenizer, monkeypatch):
+    wide = {"hidden_size": 512, "intermediate_size": 768, "head_dim": 64}
+    model, requests = random_model(**wide).float(), random_requests(6)
+    requests = [dataclasses.replace(request, max_new_tokens=12) for request in requests]
+    alone, calls, real = one_at_a_time(model, requests), [], linear.onednn_linear
+
+    def counted(*arguments):
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(linear, "onednn_linear", counted)
+    for gain, used in ((0.0, False), (1.2, False), (2.0, True)):
+        monkeypatch.setattr(linear, "onednn_gain", lambda gain=gain: gain)
+        notes = []
+        assert tokens_of(model, tokenizer, requests, note=notes.append) == alone
+        assert bool(calls) == used == any("oneDNN, 2.0 times as fast" in note for note in notes)
+    assert not any("forward" in vars(module) for module in model.modules())
+    calls.clear()
+    for other in (random_model().float(), random_model(**wide)):  # small layers, and fp64
+        tokens_of(other, tokenizer, requests[:1])
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens_of(model, tokenizer, requests[:1])
+    assert not calls
+
+
+@pytest.mark.parametrize("fault", ["other numbers", "fails"])
+def test_onednn_is_not_taken_where_it_fails_or_gives_other_numbers(fault, monkeypatch):
+    def faulty(weight, bias, inputs):
+        if fault == "fails":
+            raise RuntimeError("not built with oneDNN")
+        return inputs @ weight.T + 1
+
+    monkeypatch.setattr(linear, "onednn_linear", faulty)
+    assert linear.onednn_gain.__wrapped__() == 0
 
 
 def waiting(*lengths, prefix=0, budget=10**6, max_sequences=100, most=80, **limits):
