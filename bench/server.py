@@ -6,6 +6,9 @@ the name that --model-id says, then
 
     python bench/server.py --server vLLM=http://localhost:8000 --output results/servers.md
 
+The CPU build of vLLM 0.32 crashes on a request with a seed whose prompt it reads in parts ("CPU Generator does not use
+offset"): start it with --max-num-batched-tokens 32768.
+
 Ends with exit code 1 where a server reads another prompt than the local run, or most of its greedy texts differ.
 """
 
