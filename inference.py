@@ -85,9 +85,10 @@ class Run:
 
 @command_line
 def main(argv=None):
+    args = parse_args(argv)  # before torch is imported, so that --help and wrong flags answer at once
+
     from model import choose_device, choose_dtype, find_model, find_tokenizer, load_model, load_tokenizer
 
-    args = parse_args(argv)
     if args.server:
         files = find_tokenizer(args.tokenizer or args.model_id, "--tokenizer" if args.tokenizer else "--model-id")
     else:
