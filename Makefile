@@ -19,7 +19,7 @@ DATASET ?= openai/gsm8k
 FLAGS ?=
 EXPERIMENTS = --model-id $(MODEL) --dataset $(DATASET) $(FLAGS)
 
-.PHONY: help install demo test quick bench reproduce record demo-model
+.PHONY: help install demo test test-first test-second quick bench reproduce record demo-model
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -42,15 +42,18 @@ demo: .venv/installed
 	$(PY) benchmark.py $(DEMO_FILES) --cluster template --cluster-from demo/problems --compare \
 		--plot outputs/demo/modes.png --html outputs/demo/answers.html
 
+# Tests run in two processes, for each uses one core. A new file of tests goes with the first.
+SECOND = $(addprefix tests/,test_training.py test_grpo.py test_models.py test_generation.py test_data.py)
 test: .venv/installed-tests
 	$(RUFF) check .
 	$(RUFF) format --check .
-	$(PY) -m pytest -q -rs $(PYTEST_FLAGS) tests
-
-quick: .venv/installed-tests
-	$(RUFF) check .
-	$(RUFF) format --check .
-	$(PY) -m pytest -q -m "not slow" $(PYTEST_FLAGS) tests
+	$(MAKE) --no-print-directory -j2 test-first test-second
+quick:
+	$(MAKE) --no-print-directory test PYTEST_FLAGS='-m "not slow" $(PYTEST_FLAGS)'
+test-first:
+	$(PY) -m pytest -q -rs $(PYTEST_FLAGS) tests $(addprefix --ignore=,$(SECOND))
+test-second:
+	$(PY) -m pytest -q -rs $(PYTEST_FLAGS) $(SECOND)
 
 bench: .venv/installed-tests
 	$(PY) bench/generation.py
