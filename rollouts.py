@@ -178,12 +178,19 @@ class GroupTrainer(Scored, GRPOTrainer):
         with self.accelerator.autocast(), named_divergence(self.state.global_step):
             done = {
                 (item.id, item.sample): item
-                for item in generate(self.answering_model(), tokenizer, requests, decoding, note=lambda line: None)
+                for item in generate(
+                    self.answering_model(),
+                    tokenizer,
+                    requests,
+                    decoding,
+                    note=lambda line: None,
+                    stop_texts=self.held_out.stop_texts,
+                )
             }
         completions = [done[request.id, request.sample] for request in requests]
         return {
             "prompt_ids": prompt_ids,
-            "completion_ids": [item.token_ids for item in completions],
+            "completion_ids": [item.token_ids or [tokenizer.pad_token_id] for item in completions],  # TRL wants a token
             "logprobs": None,
             "text": [item.text for item in completions],
             "finish_reason": [item.finish_reason for item in completions],

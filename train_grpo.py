@@ -17,6 +17,7 @@ import sys
 from functools import partial
 
 from common import (
+    COMPLETION_STOP,
     MODES,
     ArgumentParser,
     Decoding,
@@ -176,7 +177,13 @@ def learn(args, trainer_class=None):
             ask=ask,
             rollouts=rollouts,
             beta=args.beta,
-            held_out=HeldOut(held_out_examples, held_out[: args.eval_questions], ask, args.max_completion_length),
+            held_out=HeldOut(
+                examples=held_out_examples,
+                questions=held_out[: args.eval_questions],
+                ask=ask,
+                max_new_tokens=args.max_completion_length,
+                stop_texts=COMPLETION_STOP if asked["few_shot_style"] == "completion" else (),
+            ),
             at_once=at_once,
             patience=args.patience,
         )
