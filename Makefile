@@ -68,7 +68,7 @@ record: demo
 	cp $(DEMO_FILES) $(DEMO_FILES:.jsonl=.run.json) outputs/demo/modes.png results/demo/
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,900 --virtual-time-budget=4000 \
 		--screenshot=results/demo/page.png file://$(CURDIR)/outputs/demo/answers.html
-	$(PY) -c 'from PIL import Image; p = "results/demo/page.png"; Image.open(p).convert("RGB").quantize(32).save(p, optimize=True)'
+	$(PY) -c 'from PIL import Image; p = "results/demo/page.png"; Image.open(p).convert("RGB").quantize(96).save(p, optimize=True)'
 
 # One thread: a model this small gains nothing from a second, and its sums come out in the same order every time.
 demo-model: .venv/installed
