@@ -6,7 +6,8 @@ Where the other subjects are:
     model.py        a model's files: find, load, merge; device, dtype, memory
     generation.py   requests and completions; the scheduler, the engine and its KV cache
     sampling.py     the next token from logits: greedy or drawn
-    graphs.py       decode steps captured as CUDA graphs; linear.py the faster of two products on a CPU
+    graphs.py       decode steps captured as CUDA graphs; linear.py the faster of two products on a CPU;
+                    threads.py their number, by what other programs leave free
     server.py       the client of a completions server
     runs.py         a run's files and record: locking, --overwrite, --resume
     reading.py      how an answer is read and graded

@@ -38,6 +38,7 @@ from graphs import CapturedSteps
 from linear import faster_linear
 from model import free_memory, is_out_of_memory
 from sampling import choose_tokens
+from threads import following_load
 
 # ------------------------------------------------------------------------------------------
 # What is asked, and what comes back
@@ -150,9 +151,14 @@ def generate(
     stop_ids, hidden_ids = stop_token_ids(model, tokenizer), hidden_token_ids(tokenizer)
     has_stop_text = stop_text_finder(tokenizer, hidden_ids, stop_texts)
     cache = KVCache(choose_product(model.device, model.dtype, note))
-    with attention_replaced(model, cache), faster_linear(model, note), named_out_of_memory():
+    with (
+        attention_replaced(model, cache),
+        following_load(model.device) as follow_load,
+        faster_linear(model, note),  # after the number of threads is right, for it measures
+        named_out_of_memory(),
+    ):
         engine = Engine(model, cache, requests, decoding, stop_ids, has_stop_text, batch_size, limits, note)
-        for sequence in engine.run():
+        for sequence in engine.run(follow_load):
             tokens, request = sequence.tokens, sequence.request
             text = tokenizer.decode([token for token in tokens if token not in hidden_ids])
             end = min((text.index(stop) for stop in stop_texts if stop in text), default=None)
@@ -369,9 +375,10 @@ class Engine:
         self.scheduler = Scheduler(self.open, len(prefix), memory // column_bytes, most, limits)
         self.note_batch_size(batch_size, memory, column_bytes)
 
-    def run(self) -> Iterator[Sequence]:
+    def run(self, between_steps: Callable[[], None]) -> Iterator[Sequence]:
         """Yield the sequences that end, until none is left."""
         while self.open:
+            between_steps()
             try:
                 if not self.prefill():
                     self.decode()

@@ -50,7 +50,7 @@ def test_two_processes_write_what_one_writes_and_one_of_them_speaks(whole, tmp_p
     out, err = launched.communicate()
     assert launched.returncode == 0, err
     assert (tmp_path / "run.jsonl").read_bytes() == whole
-    assert (out.count("writing "), out.count("48 answers in "), out.count("dtype ")) == (1, 1, 1)
+    assert (out.count("writing "), out.count("48 answers in "), out.count("dtype fp32: ")) == (1, 1, 1)
     assert "process 1 of 2: 100%" in err and "process 2" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.jsonl", "run.run.json"]
     (segment,) = common.read_json(tmp_path / "run.run.json")["segments"]

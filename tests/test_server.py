@@ -66,7 +66,7 @@ class Fake(BaseHTTPRequestHandler):
             "choices": [choice],
             "usage": usage,
         }
-        status, headers, told, fault = 200, {"retry-after-ms": "10"}, "no, not now", fault or {}
+        status, headers, told, fault = 200, {"retry-after-ms": "10", "connection": "close"}, "no, not now", fault or {}
         if isinstance(fault, dict):
             told = fault.get("message", told)
             status, headers = fault.get("status", 200), headers | fault.get("headers", {})
@@ -92,7 +92,6 @@ class Fake(BaseHTTPRequestHandler):
                 if self.server.stall.wait(0.1):
                     return None
         self.wfile.write(text.encode())
-        self.close_connection = True
         return None
 
     def handle(self):
