@@ -115,7 +115,7 @@ def compare(args, mode, ours, reference, tokenizer, questions, examples):
     }
     ended = time.perf_counter()
     differing = [request for request in requests if tokens["ours"][request.id] != tokens["plain"][request.id]]
-    gaps, errors = gaps_and_rounding(reference, differing, tokens)
+    gaps, errors = gaps_and_rounding(reference, differing, tokens["ours"], tokens["plain"])
     return Outcome(
         mode=mode,
         statuses=[
