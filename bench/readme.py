@@ -99,14 +99,14 @@ def example():
 
 
 def real():
-    """A row for each experiment of the group real, of every model that results/ holds."""
-    files = [
-        f"{folder.relative_to(ROOT)}/{row.name}.jsonl.gz"
-        for folder in sorted((ROOT / "results").glob("*/"))
-        for row in reproduce.real_experiments()
-        if row.group == "real" and (folder / f"{row.name}.jsonl.gz").exists()
-    ]
-    return printed(benchmark.main, [*files, "--markdown"]) if files else "None has been run yet."
+    """For every model in results/ a table with a row for each experiment of the group real."""
+    tables = []
+    for folder in sorted((ROOT / "results").glob("*/")):
+        paths = [folder / f"{row.name}.jsonl.gz" for row in reproduce.real_experiments() if row.group == "real"]
+        files = [str(path.relative_to(ROOT)) for path in paths if path.exists()]
+        if files:
+            tables.append(f"`{folder.name}`\n\n{printed(benchmark.main, [*files, '--markdown'])}")
+    return "\n\n".join(tables) or "None has been run yet."
 
 
 MADE_HERE = {"real": real, "published": published, "scoring": scoring, "estimate": estimate, "example": example}
