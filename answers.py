@@ -79,6 +79,8 @@ def harness_lines(line, format):
         raise UserError(f"'doc' must be an object, this is {type(doc).__name__}")
     if not (isinstance(resps, list) and len(resps) == 1 and isinstance(resps[0], list)):
         raise UserError("'resps' holds no generated text; log the samples of a generate_until task")
+    if format.question not in doc:
+        raise UserError(lacking("'doc' lacks", doc, format.question, "--question-column"))
     kept = {key: doc[key] for key in (format.question, format.answer, format.cluster) if key in doc}
     kept["id"] = line.get("doc_id")
     kept.setdefault(format.answer, line.get("target"))
@@ -116,7 +118,7 @@ def check_row(line, format=FORMAT, seen=None):
         id, sample = seen.get(question, (len(seen), 0))
         seen[question] = id, sample + 1
     if type(id) not in (int, str):
-        raise UserError(f"'id' must be a number or text, this is {type(id).__name__}")
+        raise UserError(f"'id' must be a whole number or text, this is {type(id).__name__}")
     return Row(
         id,
         question,
@@ -136,14 +138,18 @@ def check_row(line, format=FORMAT, seen=None):
 def column(line, key, flag):
     """The text under a key. A number is taken as its digits, for data sets hold bare ones."""
     if key not in line:
-        held = ", ".join(map(repr, line)) or "none"
-        raise UserError(f"lacks the key {key!r}; it has {held}: name the right one with {flag}")
+        raise UserError(lacking("lacks", line, key, flag))
     value = line[key]
     if type(value) in (int, float):
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{key!r} must be text, this is {type(value).__name__}")
     return value
+
+
+def lacking(lacks, line, key, flag):
+    held = ", ".join(map(repr, line)) or "none"
+    return f"{lacks} the key {key!r}; it has {held}: name the right one with {flag}"
 
 
 def cluster_of(line, question, format):

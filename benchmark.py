@@ -29,7 +29,7 @@ from pathlib import Path
 
 from answers import FORMAT, Format, read_rows, same_text
 from common import PUBLISHED_KEYS, ArgumentParser, UserError, command_line, write_atomically
-from data import Columns, load_questions
+from data import Columns, load_questions, name_other_flag
 from pictures import plot
 from report import print_wrong, report, summary, write_page
 from scores import compare_runs, load_published, name_runs, pool_seeds, read_again, read_record, score_run
@@ -132,6 +132,11 @@ def parse(argv):
         raise UserError("--wrong prints text, --json nothing but JSON: pass one of them")
     if options.compare and len(options.files) < 2:
         raise UserError("--compare: pass two files or more")
+    read = set()
+    for path in options.files if options.compare or options.pool_seeds else ():
+        if path.resolve() in read:
+            raise UserError(f"{path}: is named twice; --compare and --pool-seeds take each file for a run of its own")
+        read.add(path.resolve())
     if options.cluster_from and not options.cluster:
         raise UserError("--cluster-from: pass the key too, with --cluster KEY")
     if options.keep_most < 1:
@@ -172,8 +177,7 @@ def load_other(flag, dataset, splits, columns=Columns()):
     try:
         return [question for split in sorted(splits) for question in load_questions(dataset, split, columns=columns)]
     except UserError as error:
-        told = str(error).replace("--dataset", flag).partition(": name the right ones")[0]
-        raise UserError(told if told.startswith(flag) else f"{flag}: {told}") from error
+        raise name_other_flag(error, flag) from error
 
 
 def keep_correct(runs, format, path, most):

@@ -61,6 +61,7 @@ def load_questions(dataset: str, split: str, config: str | None = None, columns:
             return load_question_file(files[0], columns)
         if not any(file.name.endswith(ENDINGS) for file in path.rglob("*")):
             raise UserError(f"{path}/{split}.jsonl: no such file; --dataset wants a folder with a file for each split")
+        dataset = str(path)
     elif looks_like_path(dataset):
         raise UserError(f"--dataset {dataset}: no such file or folder; pass one, or a hub id")
     return load_hub_questions(dataset, split, config, columns)
@@ -105,6 +106,12 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, columns by name) for each line of a CSV file whose first line names the columns. All values are text."""
     try:
         reader = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
+        names = reader.fieldnames or ()
+        if len(names) == 1 and any(mark in names[0] for mark in ";\t"):  # commas inside texts would tear those lines
+            raise UserError(f"{path}:1: its columns are not separated by commas; save it with commas")
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{path}:1: names the column {name!r} twice; give each its own name")
         for record in reader:
             if None in record or None in record.values():
                 raise UserError(f"{path}:{reader.line_num}: has other columns than the first line")
@@ -138,22 +145,26 @@ def as_question(position: int, place: str, record: dict, columns: Columns) -> Qu
     """The Question that a record holds; a UserError names its place where it holds none."""
     for key in (*columns.question, columns.answer, *columns.keep):
         if key not in record:
+            flags = "--keep-columns" if key in columns.keep else "--question-column and --answer-column"
             raise UserError(
                 f"{place}: lacks the column {key!r}; it has {', '.join(map(repr, record)) or 'none'}: name the right ones "
-                "with --question-column and --answer-column"
+                f"with {flags}"
             )
     for key in columns.question:
         refuse_other_than_text(place, key, record[key])
+    question = " ".join(record[key] for key in columns.question)
+    if not question.strip():
+        raise UserError(f"{place}: {' and '.join(map(repr, columns.question))}: holds no question, only white space")
     answer = record[columns.answer]
     if type(answer) is int or (isinstance(answer, (float, Decimal)) and math.isfinite(answer)):
         answer = str(answer)
     refuse_other_than_text(place, columns.answer, answer)
     kept = {key: record[key] for key in columns.keep}
     try:
-        json.dumps(kept)
+        json.dumps(kept, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"{place}: --keep-columns: cannot be written as JSON: {first_line(error)}") from error
-    return Question(position, " ".join(record[key] for key in columns.question), answer, kept)
+    return Question(position, question, answer, kept)
 
 
 def refuse_other_than_text(place: str, key: str, value: object) -> None:
@@ -197,8 +208,15 @@ def refuse_unscorable(questions: Iterable[Question], dataset: str, split: str) -
             read_gold(question.answer)
         except UserError as error:
             raise UserError(
-                f"--dataset {dataset}, {split} question {question.id}: {error}; pass --answer-column, or mend the data"
+                f"--dataset {dataset}, {split} question {question.id}: {error}: name the right column with "
+                "--answer-column, or mend the data"
             ) from error
+
+
+def name_other_flag(error: UserError, flag: str) -> UserError:
+    """The error of reading data that another flag than --dataset names, whose columns no flag names."""
+    told = str(error).replace("--dataset", flag).partition(": name the right ")[0]
+    return UserError(told if told.startswith(flag) else f"{flag}: {told}")
 
 
 def hash_questions(questions: Iterable[Question]) -> str:

@@ -41,7 +41,6 @@ from common import (
     has_thinking_switch,
     has_token,
     is_main,
-    is_run_record,
     log,
     part_from_all,
     printable,
@@ -60,9 +59,10 @@ from data import (
     hash_questions,
     load_question_file,
     load_questions,
+    name_other_flag,
     refuse_unscorable,
 )
-from runs import RunOutput, describe_run, training_of
+from runs import RunOutput, describe_run, read_first_start, training_of
 
 THINKING_MODES = tuple(name for name, mode in MODES.items() if mode.thinks)
 ANSWER_TOKENS = (
@@ -100,7 +100,7 @@ def main(argv=None):
     runs = split_budgets(args.mode, args.output, args.max_new_tokens, args.think_budget)
     template = check_template(args.mode, args.few_shot_style, args.system_prompt, tokenizer)
     dated = uses_template(args.mode, args.few_shot_style) and has_date(tokenizer)
-    now = read_first_start([run.output for run in runs], args.overwrite) if dated else None
+    now = read_first_start([RunOutput(run.output).record_path for run in runs], args.overwrite) if dated else None
     asked = questions[: args.limit]
     prompts = build_prompts(args.mode, asked, pool, shown, args.few_shot_style, args.system_prompt, tokenizer, now)
     if args.print_prompts:
@@ -110,8 +110,10 @@ def main(argv=None):
     dtype = None if args.server else choose_dtype(args.dtype, device)
     identity = identify(questions, pool if args.few_shot_file else (), files, tokenizer_alone=bool(args.server))
     described = describe_command(args, files, now)
-    model, made = None, {}
-    for run in runs:
+    closings = [closing_tokens(run, tokenizer, args.model_id) if run.think_budget else None for run in runs]
+    early = args.overwrite == "always" and not args.server  # what fails to load drops no answers
+    model, made = load_model(files, dtype, device) if early else None, {}
+    for run, closing in zip(runs, closings, strict=True):
         decides = what_decides(args, run, template, prompts[0], shown, dtype) | identity
         output = RunOutput(run.output)
         with output.opened({"decides": decides, "segments": [described | describe_run(device)]}, args.overwrite):
@@ -122,7 +124,7 @@ def main(argv=None):
                 log(counted if there else f"writing {run.output}")
                 model = model or (None if args.server else load_model(files, dtype, device))
                 share = own_share(missing, args.num_samples)
-                requests, too_long = build_requests(run, prompts, share, tokenizer, model, args.model_id)
+                requests, too_long = build_requests(run, prompts, share, tokenizer, model, args.model_id, closing)
                 settled, requests = build_on(made, requests)
                 generated = start_generating(args, model, tokenizer, requests, prompts)
                 completions = itertools.chain(too_long, settled, generated)
@@ -290,7 +292,12 @@ def load_examples(args, questions: Sequence[Question]) -> tuple[Sequence[Questio
         return [], None
     source, own = f"the train split of {args.dataset}", 0
     if args.few_shot_file:
-        pool, source = load_question_file(args.few_shot_file), str(args.few_shot_file)
+        source = str(args.few_shot_file)
+        try:
+            pool = load_question_file(args.few_shot_file)
+            refuse_unscorable(pool, source, "worked")
+        except UserError as error:
+            raise name_other_flag(error, "--few-shot-file") from error
     elif args.split == "train":
         pool, own = questions, 1  # a question is no example of itself
     elif Path(args.dataset).is_file():
@@ -307,22 +314,9 @@ def load_examples(args, questions: Sequence[Question]) -> tuple[Sequence[Questio
     count = args.few_shot_k or (len(pool) if args.few_shot_file else 3)
     if count > len(pool) - own:
         raise UserError(f"--few-shot-k {count}: {source} has {len(pool)} questions")
+    if not args.few_shot_file:
+        refuse_unscorable(pool[: count + own], args.dataset, "train")
     return pool, count
-
-
-def read_first_start(outputs: Sequence[Path], overwrite: str | None) -> datetime.datetime:
-    """When the run that an output holds was started first, else now.
-
-    A chat template that prints the date prints that of the first start, so that a run can go on after midnight.
-    """
-    for path in outputs if overwrite != "always" else ():
-        with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # no record, or none of this shape
-            record = read_json(path.with_suffix(".run.json"))
-            first = record["segments"][0] if is_run_record(record) else {}
-            if "template_time" in first:
-                return datetime.datetime.fromisoformat(first["template_time"])
-            return datetime.datetime.fromisoformat(first["started"]).astimezone().replace(tzinfo=None)
-    return datetime.datetime.now().replace(microsecond=0)
 
 
 def check_template(mode: str, few_shot_style: str, system_prompt: str | None, tokenizer) -> dict:
@@ -484,8 +478,10 @@ def own_share(missing, num_samples):
     return [(i, sample) for i, sample in missing if (i * num_samples + sample) % processes() == rank()]
 
 
-def build_requests(run: Run, prompts: Sequence[str], wanted, tokenizer, model, model_id: str):
+def build_requests(run: Run, prompts: Sequence[str], wanted, tokenizer, model, model_id: str, closing: Callable | None):
     """(requests, completions) for the wanted (question, sample) pairs; `model` is None where a server has it.
+
+    closing: what `closing_tokens` returns, where the run has a thinking budget.
 
     The completions are of prompts that the model's positions cannot hold: empty, and finished as
     `prompt_too_long`. Where the positions cut the limit of an answer, its thought gives way, so that the
@@ -499,7 +495,6 @@ def build_requests(run: Run, prompts: Sequence[str], wanted, tokenizer, model, m
     if model:
         refuse_other_vocabulary(max(map(max, ids)), model, model_id)
     limits = [min(run.max_new_tokens, most - len(prompt)) for prompt in ids]
-    closing = closing_tokens(run, tokenizer, model_id) if run.think_budget else None
     requests, too_long = [], []
     for i, sample in wanted:
         lost = run.max_new_tokens - limits[i]

@@ -512,7 +512,7 @@ def read_gold(ground_truth_answer: str) -> int | Fraction:
         number = read_line(tail) if marker else None
     if number is None or number is AMBIGUOUS:
         raise UserError(
-            f"ground_truth_answer is no number and does not end in '#### <number>': {ground_truth_answer[-40:]!a}"
+            f"the reference answer is no number and does not end in '#### <number>': {ground_truth_answer[-40:]!a}"
         )
     return int(number) if number.denominator == 1 else number
 

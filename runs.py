@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints import drop_checkpoints, last_checkpoint
@@ -81,6 +82,21 @@ def comparable_segments(path: Path, record: dict, way_out: str):
     return old["segments"]
 
 
+def read_first_start(records: Sequence[Path], overwrite: str | None) -> datetime.datetime:
+    """When the run of the first of these run records that can be read was started first, else now.
+
+    A chat template that prints the date prints that of the first start, so that a run can go on after midnight.
+    """
+    for path in records if overwrite != "always" else ():
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # no record, or none of this shape
+            record = read_json(path)
+            first = record["segments"][0] if is_run_record(record) else {}
+            if "template_time" in first:
+                return datetime.datetime.fromisoformat(first["template_time"])
+            return datetime.datetime.fromisoformat(first["started"]).astimezone().replace(tzinfo=None)
+    return datetime.datetime.now().replace(microsecond=0)
+
+
 TOTALS = ("answers", "prompt_tokens", "output_tokens", "hit_limit")
 
 
@@ -110,7 +126,7 @@ def find_difference(old, new):
 
 def note_changes(old, new):
     """Note what describes the run and has changed. It decides nothing, up to rounding."""
-    changed = [key for key in new if key not in ("started", "command") and new[key] != old.get(key)]
+    changed = [key for key in new if key not in ("started", "command", "seconds") and new[key] != old.get(key)]
     if changed:
         values = ("{} is {}, was {}".format(key, *shorten(new[key], old.get(key))) for key in changed)
         log("note: " + "; ".join(values))

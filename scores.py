@@ -99,16 +99,17 @@ class Run:
         return self.questions < self.n
 
 
+SEED = re.compile(r"-seed[0-9]+$")
+
+
 def name_runs(runs):
-    """Runs of the same file name in several folders go by their paths."""
+    """Runs of the same file name in several folders go by their paths, and so do other seeds of them."""
     names = Counter(run.name for run in runs)
+    repeated = {SEED.sub("", name) for name, count in names.items() if count > 1}
     for run in runs:
-        if names[run.name] > 1:
+        if SEED.sub("", run.name) in repeated:
             run.name = str(bare(run.path))
     return runs
-
-
-SEED = re.compile(r"-seed[0-9]+$")
 
 
 def pool_seeds(runs):
@@ -276,7 +277,7 @@ def wilson(right, n):
     share, z2 = right / n, Z95 * Z95
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+    return 100 * min(share, max(0.0, middle - half)), 100 * max(share, min(1.0, middle + half))  # but for rounding
 
 
 def clustered(right, clusters):
@@ -388,9 +389,14 @@ def count_votes(run):
 
 
 def bootstrap_interval(right, n):
-    """The 95 % bootstrap interval of a share, in percent: resampling right and wrong is a binomial draw."""
+    """The 95 % bootstrap interval of a share, in percent: resampling right and wrong is a binomial draw.
+
+    Where all are right, or none, every draw is alike: the interval is Wilson's.
+    """
     from scipy.stats import binom
 
+    if right in (0, n):
+        return wilson(right, n)
     low, high = binom.ppf([0.025, 0.975], n, right / n)
     return percent(float(low), n), percent(float(high), n)
 

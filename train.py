@@ -15,13 +15,11 @@ need --multi_gpu as well: without it accelerate starts one.
 """
 
 import argparse
-import contextlib
 import math
 import random
 import shlex
 import sys
 import time
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +47,6 @@ from common import (
     plain_markdown,
     printable,
     processes,
-    read_json,
     read_jsonl,
     strip_annotations,
     thinking_is_open,
@@ -57,9 +54,8 @@ from common import (
     wait_for_all,
     write_atomically,
 )
-from data import Columns, Question, add_data_flags, hash_questions, load_questions
-from reading import read_gold
-from runs import RECORD, claim_folder, describe_run, locked_folder, peak_memory, write_record
+from data import Columns, Question, add_data_flags, hash_questions, load_questions, refuse_unscorable
+from runs import RECORD, claim_folder, describe_run, locked_folder, peak_memory, read_first_start, write_record
 
 TRAINED_MODES = tuple(name for name, mode in MODES.items() if not mode.few_shot)  # its prompt needs worked examples
 # The flags that decide the weights. Of a new one record only what is not its default: runs made before then resume.
@@ -67,6 +63,7 @@ DECIDING_FLAGS = (
     "epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup", "batch_size", "dtype", "seed", "eval_size",
     "eval_questions", "patience", "strip_annotations", "rank", "alpha", "dropout", "target_modules", "merge",
 )  # fmt: skip
+EVAL_QUESTIONS = 500
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -148,7 +145,7 @@ def choose_asking(args, mode: str, system_prompt: str | None, tokenizer) -> dict
     """How `build_prompt` asks: style, system prompt, and the time that a template with a date shows, that of the first start."""
     style = choose_style(mode, tokenizer)
     dated = uses_template(mode, style) and has_date(tokenizer)
-    now = read_first_start(args.output_dir, args.overwrite) if dated else None
+    now = read_first_start([args.output_dir / RECORD], args.overwrite) if dated else None
     return {"few_shot_style": style, "system_prompt": system_prompt, "now": now}
 
 
@@ -229,9 +226,9 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--seed", type=at_least(0), default=42,
         help="of split, order, sampling and adapters (default %(default)s: transformers')")  # fmt: skip
     add("--eval-size", type=at_least(1), default=500, help="train questions to hold out (default %(default)s)")
-    add("--eval-questions", type=at_least(0), default=500,
+    add("--eval-questions", type=at_least(0), default=EVAL_QUESTIONS,
         help="held-out questions to answer in every evaluation; their eval_score picks the checkpoint, with 0 "
-        "eval_loss does (default %(default)s: a standard error of 2.2 points)")  # fmt: skip
+        "eval_loss does (default %(default)s, or all of a smaller --eval-size: a standard error of 2.2 points)")  # fmt: skip
     add("--patience", type=at_least(1), help="stop after so many evaluations without a new best (default never)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir, if there is one")
     add("--overwrite", nargs="?", const="always", choices=("always", "changed"),
@@ -272,6 +269,8 @@ def check_arguments(args, device):
     args.resume = args.resume or args.overwrite == "changed"
     if args.completions and args.strip_annotations:
         raise UserError("--strip-annotations: is for reference answers, and --completions takes others in their place")
+    if args.eval_size < args.eval_questions == EVAL_QUESTIONS:
+        args.eval_questions = args.eval_size
     if args.eval_questions > args.eval_size:
         raise UserError(f"--eval-questions {args.eval_questions}: only --eval-size {args.eval_size} are held out")
     parts = processes() * args.gradient_accumulation
@@ -319,11 +318,7 @@ def check_output_dir(args, files):
 
 def split_questions(dataset: str, questions: list[Question], eval_size: int, seed: int):
     """(training part, held-out part) of the train split, by seed. A question is never in both."""
-    for question in questions:
-        try:
-            read_gold(question.answer)
-        except UserError as error:
-            raise UserError(f"{dataset}, train question {question.id}: {error}") from error
+    refuse_unscorable(questions, dataset, "train")
     if eval_size >= len(questions):
         raise UserError(f"--eval-size {eval_size}: {dataset} has {len(questions)} train questions; hold out fewer")
     order = random.Random(seed).sample(questions, len(questions))
@@ -355,14 +350,6 @@ def choose_style(mode: str, tokenizer) -> str:
         return "prompt"
     log("the tokenizer has no chat template: asked in plain text, as --few-shot-style completion does")
     return "completion"
-
-
-def read_first_start(folder: Path, overwrite: str | None) -> datetime:
-    """When the run in the folder was started first, else now: a template's date stays the same after midnight."""
-    with contextlib.suppress(UserError, KeyError, TypeError, ValueError, IndexError):  # no run, or a damaged record
-        if overwrite != "always":
-            return datetime.fromisoformat(read_json(folder / RECORD)["segments"][0]["template_time"])
-    return datetime.now().replace(microsecond=0)
 
 
 class End(NamedTuple):
@@ -459,7 +446,8 @@ def target_completion(answer: str, mode: str, prompt: str) -> str:
     final = f"#### {number.strip()}"
     if thinking_is_open(prompt):
         opening = "" if prompt[-1].isspace() else "\n"  # behind the tag
-        return f"{opening}{reasoning}\n</think>\n\n{final}"
+        reasoning = f"{reasoning}\n" if reasoning else ""  # two line breaks would merge with that of the prompt
+        return f"{opening}{reasoning}</think>\n\n{final}"
     if mode == "thinking":
         return f"<think>\n{reasoning}\n</think>\n\n{final}"
     opening = " " if prompt.endswith("Answer:") else ""  # a plain-text prompt

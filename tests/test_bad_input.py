@@ -322,6 +322,16 @@ def flags_benchmark_compares_one():
     return score("x", "--compare")
 
 
+@named("x.jsonl", "twice", "--compare")
+def flags_benchmark_compares_a_file_with_itself():
+    return score(write("x.jsonl", [ROW]), "./x.jsonl", "--compare")
+
+
+@named("x.jsonl", "twice", "--pool-seeds")
+def flags_benchmark_pools_a_file_twice():
+    return score(write("x.jsonl", [ROW]), "x.jsonl", "--pool-seeds")
+
+
 @named("--keep-most")
 def flags_benchmark_keeps_none():
     return score("x", "--keep-correct", "y.jsonl", "--keep-most", "0")
@@ -692,6 +702,45 @@ def data_id_a_list():
 @named("x.jsonl:1", "####")
 def data_no_number_to_hold_against():
     return score(write("x.jsonl", [ROW | {"ground_truth_answer": "two"}]))
+
+
+@named("x.jsonl:1", "'doc' lacks the key 'question'", "'Body'", "--question-column")
+def data_harness_document_with_other_keys():
+    return score(write("x.jsonl", [{"doc_id": 0, "doc": {"Body": "1 + 1?"}, "target": "2", "resps": [["#### 2"]]}]))
+
+
+@named("--few-shot-file x.txt", "ends in .jsonl")
+def data_worked_examples_of_another_kind():
+    return infer("--mode", "few_shot", "--few-shot-file", write("x.txt", "?"))
+
+
+@named("--few-shot-file x.jsonl", "question 1", "'because'")
+def data_worked_example_without_a_number():
+    return infer(
+        "--mode", "few_shot", "--few-shot-file", write("x.jsonl", [QUESTION, QUESTION | {"answer": "because"}])
+    )
+
+
+@named("data", "train question 2", "'because'")
+def data_worked_example_of_the_train_split_without_a_number():
+    return infer(
+        "--mode", "few_shot", dataset=dataset([QUESTION], [QUESTION, QUESTION, QUESTION | {"answer": "because"}])
+    )
+
+
+@named("data/test.jsonl:1", "holds no question")
+def data_question_blank():
+    return infer(dataset=dataset([QUESTION | {"question": " \n"}]))
+
+
+@named("data/test.jsonl:1", "'topic'", "--keep-columns")
+def data_kept_column_missing():
+    return infer("--keep-columns", "topic", dataset=dataset([QUESTION]))
+
+
+@named("data/test.jsonl:1", "--keep-columns", "JSON")
+def data_kept_value_that_is_no_json():
+    return infer("--keep-columns", "share", dataset=dataset([QUESTION | {"share": float("nan")}]))
 
 
 @named("x.jsonl", "repeat")

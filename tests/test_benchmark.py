@@ -227,6 +227,12 @@ def test_the_interval_of_a_vote_is_the_bootstrap_over_questions(write, score):
     assert (low, high) == pytest.approx(100 * numpy.quantile(draws, [0.025, 0.975]), abs=2.6)
 
 
+def test_a_vote_that_is_always_right_is_not_shown_without_doubt(write, score):
+    (run,) = score(write([line(q, sample=s) for q in range(4) for s in range(2)]))
+    assert run["majority_at"] == [100, 100]
+    assert run["majority_interval"] == pytest.approx([51.01, 100], abs=0.01)  # Wilson's, of 4 questions
+
+
 BAD_LINES = {
     "not JSON": "{",
     "not text": "\\udcff\n",
@@ -638,6 +644,15 @@ def test_pooled_seeds_have_an_interval_over_seeds_and_no_claim_without_it(write,
 def test_seeds_of_other_questions_are_not_pooled(write, refuse):
     files = seed_files(write, ["#### 18"], ["#### 18", "#### 18"])
     assert "hold other questions" in refuse(*files, "--pool-seeds")
+
+
+def test_seeds_of_one_name_in_two_folders_are_pooled_by_folder(write, score, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    names = ("a/sft-seed1", "a/sft-seed2", "b/sft-seed1")  # b lacks a seed
+    first, second = score(*(write([line(0), line(1)], f"{name}.jsonl") for name in names), "--pool-seeds")
+    assert [Path(path).parent.name for path in first["paths"]] == ["a", "a"]
+    assert (second["path"], second["n"]) == (str(tmp_path / "b/sft-seed1.jsonl"), 2)
 
 
 def test_commands_and_wall_times_come_from_the_run_records(write, capsys, tmp_path):

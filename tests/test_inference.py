@@ -115,6 +115,22 @@ def test_runs_that_decide_differently_do_not_mix(tmp_path, capsys):
     assert "exists without its run record" in capsys.readouterr().out
 
 
+def test_overwrite_keeps_the_answers_where_the_new_run_cannot_begin(tmp_path, capsys):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    flags = "--mode", "thinking", "--limit", 1, "--max-new-tokens", 20
+    run(tmp_path / "a.jsonl", *flags, model=str(model))
+    before = (tmp_path / "a.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", *flags, "--overwrite", "--think-budget", 10, model=str(model))
+    assert "no room to answer" in capsys.readouterr().err
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "a.jsonl", *flags, "--overwrite", model=str(model))
+    assert "model.safetensors" in capsys.readouterr().err
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
 def test_a_lora_adapter_answers_as_its_merged_model(tmp_path):
     import peft
     import torch

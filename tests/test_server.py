@@ -35,6 +35,9 @@ def at_the_root(monkeypatch):
             monkeypatch.delenv(name)
 
 
+STALL = 300  # seconds, of a server that stalls: a run that ends in the middle of one was not held up by it
+
+
 class Fake(BaseHTTPRequestHandler):
     """Answers as `server.fault(number of try, body)` says: None answers, a name of FAULTS or a dict changes the reply."""
 
@@ -76,7 +79,7 @@ class Fake(BaseHTTPRequestHandler):
         if fault == "dropped":
             return self.connection.shutdown(socket.SHUT_RDWR)
         if fault == "stalled":
-            self.server.stall.wait(60)
+            self.server.waited_out += not self.server.stall.wait(STALL)
         text = json.dumps(reply if status == 200 else {"error": {"message": told}})
         text = {"malformed": text[:40], "empty": "{}", "page": "<html>"}.get(
             fault if isinstance(fault, str) else "", text
@@ -114,7 +117,8 @@ def fake(monkeypatch, tokenizer):
     with ThreadingHTTPServer(("127.0.0.1", 0), Fake) as server:
         server.tries, server.requests, server.answered, server.lock = {}, [], [], threading.Lock()
         server.fault, server.probes, server.tokenizer = lambda *_: None, False, tokenizer
-        server.stall, server.daemon_threads, server.block_on_close = threading.Event(), True, False
+        server.stall, server.waited_out = threading.Event(), 0
+        server.daemon_threads, server.block_on_close = True, False
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         server.flag = ["--server", server.url]
@@ -267,13 +271,10 @@ def test_a_server_can_ask_to_wait_up_to_a_bound(headers, seconds):
     assert server_module.asked_wait(headers, otherwise=4.5) == seconds
 
 
-STALL = 60  # seconds, of a server that stalls: what ends before is not held up by it
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stop_does_not_wait_for_a_server_that_stalls(number, fake, tmp_path, monkeypatch, capsys):
     fake.fault = lambda place, tries, body: "stalled" if place > 2 else None
-    append, begun = runs.RunOutput.append, time.monotonic()
+    append = runs.RunOutput.append
 
     def stop_after_three(self, answer):
         append(self, answer)
@@ -283,7 +284,7 @@ def test_a_stop_does_not_wait_for_a_server_that_stalls(number, fake, tmp_path, m
     monkeypatch.setattr(runs.RunOutput, "append", stop_after_three)
     with pytest.raises(SystemExit, match=str(128 + number)):
         ask(fake, tmp_path / "a.jsonl", "--limit", 20)
-    assert time.monotonic() - begun < STALL / 2
+    assert not fake.waited_out
     told = capsys.readouterr()
     assert "3 answers are on disk" in told.out and "Traceback" not in told.err
     assert len(rows(tmp_path / "a.jsonl.part")) == 3
@@ -291,9 +292,8 @@ def test_a_stop_does_not_wait_for_a_server_that_stalls(number, fake, tmp_path, m
 
 def test_an_error_that_stays_is_told_although_others_stall(fake, tmp_path, capsys):
     fake.fault = lambda place, tries, body: [None, {"status": 401}, "stalled"][min(place, 2)]
-    begun = time.monotonic()
     assert "answers 401" in refusal(capsys, ask, fake, tmp_path / "a.jsonl", "--limit", 20)
-    assert time.monotonic() - begun < STALL / 2
+    assert not fake.waited_out
     assert len(rows(tmp_path / "a.jsonl.part")) == 1  # what was answered is kept
 
 

@@ -25,8 +25,8 @@ import model as model_module
 import runs
 import train
 import train_lora
-from common import UserError, build_prompt, hash_file, read_json, strip_annotations
-from data import load_questions
+from common import UserError, build_prompt, hash_file, read_json, strip_annotations, thinking_is_open
+from data import Question, load_questions
 from generation import Request, generate
 from model import find_model, load_model, load_tokenizer
 from reading import score_final
@@ -168,6 +168,25 @@ def test_completion_is_the_reasoning_and_the_final_line():
         assert score_final(completion, answer, thinking_open="<think>" in prompt) == "right"
 
 
+@pytest.mark.parametrize("mode", train.TRAINED_MODES)
+def test_bare_numbers_can_be_trained_on_in_every_mode(mode, capsys):
+    tokenizer = load_tokenizer(find_model(MODEL))
+    ask, end = partial(build_prompt, mode, tokenizer=tokenizer), train.end_of_turn(mode, tokenizer).text
+    pairs = train.target_pairs([Question(0, "How many?", "1,005")], mode, ask, end)
+    (example,) = train.encode_examples("training", pairs, tokenizer, 2048, len(tokenizer))
+    completion = tokenizer.decode([token for token in example["labels"] if token >= 0], skip_special_tokens=True)
+    assert completion.endswith("#### 1,005") and "dropped" not in capsys.readouterr().out
+    assert score_final(completion, "1005", thinking_open=thinking_is_open(pairs[0][0])) == "right"
+
+
+def test_a_smaller_held_out_part_is_answered_whole(dataset, tmp_path):
+    argv = ["--dataset", str(dataset), "--output-dir", str(tmp_path), "--eval-size"]
+    for size, questions in ((20, 20), (500, 500), (600, 500)):
+        args = train.build_parser("", "", 1e-3, "").parse_args([*argv, str(size)])
+        train.check_arguments(args, torch.device("cpu"))
+        assert args.eval_questions == questions
+
+
 def test_annotations_can_be_left_out_of_what_is_trained():
     question = load_questions(str(ROOT / "demo/problems"), "train")[0]
     ask = partial(str.strip)
@@ -307,13 +326,14 @@ DATED_TEMPLATE = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}<|im_star
 
 
 def test_a_template_with_a_date_keeps_that_of_the_first_start(tmp_path):
-    assert train.read_first_start(tmp_path, None) - datetime.datetime.now() < datetime.timedelta(seconds=5)
-    (tmp_path / runs.RECORD).write_text(json.dumps({"segments": [{"template_time": "2026-01-02T03:04:05"}, {}]}))
-    assert train.read_first_start(tmp_path, "changed") == datetime.datetime(2026, 1, 2, 3, 4, 5)
-    assert train.read_first_start(tmp_path, "always") > datetime.datetime(2026, 1, 3)
+    record, before = tmp_path / runs.RECORD, datetime.datetime.now().replace(microsecond=0)
+    assert runs.read_first_start([record], None) >= before
+    record.write_text(json.dumps({"decides": {}, "segments": [{"template_time": "2026-01-02T03:04:05"}, {}]}))
+    assert runs.read_first_start([record], "changed") == datetime.datetime(2026, 1, 2, 3, 4, 5)
+    assert runs.read_first_start([record], "always") >= before
     tokenizer = load_tokenizer(find_model(MODEL))
     tokenizer.chat_template = DATED_TEMPLATE
-    assert build_prompt("cot", "Why?", tokenizer, now=train.read_first_start(tmp_path, None)).startswith("2026-01-02")
+    assert build_prompt("cot", "Why?", tokenizer, now=runs.read_first_start([record], None)).startswith("2026-01-02")
 
 
 def test_rows_that_do_not_fit_or_would_tokenize_otherwise_are_dropped_and_counted(capsys):
@@ -916,7 +936,7 @@ def few(folder):
 
 BAD_INPUTS = [  # script, what spoils the data set, more flags, what the line names
     (train, empty, (), "train.jsonl: holds no questions"),
-    (train, no_gold, (), "train question 40: ground_truth_answer is no number"),
+    (train, no_gold, (), "train question 40: the reference answer is no number"),
     (train, few, (), "--batch-size 6: more than the 5 examples"),
     (train, None, ("--eval-size", 44), "has 44 train questions"),
     (train, None, ("--eval-questions", 21), "--eval-questions 21: only --eval-size 20"),
