@@ -153,8 +153,35 @@ class GroupTrainer(Scored, GRPOTrainer):
         """
         parts = self.args.steps_per_generation
         if self._step % parts == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = split_by_length(self._generate_and_score_completions(generation_batch), parts)
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_by_length(batch, parts, skip=not self.beta)
+            if self.loss_type != "dapo":  # TRL averages over the completions of a part, then over the parts
+                for part in self._buffered_inputs:
+                    part["advantages"] = part["advantages"] * (len(part["advantages"]) * parts / len(generation_batch))
         return self._buffered_inputs[self._step % parts]
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **more
+    ):
+        """Log-probabilities and entropies of the completions' tokens, (completions, logits_to_keep), zero behind an end.
+
+        TRL's fused head saves memory on a GPU. On a CPU it computes the logits of the prompts too, and all of
+        them twice; its mask keeps attention from leaving out half of the scores.
+        """
+        if input_ids.is_cuda or more.get("compute_aux_loss"):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **more
+            )
+        with self.accelerator.autocast():
+            logits, labels = completion_logits(model, input_ids, attention_mask, logits_to_keep)
+        mask = attention_mask[:, -logits_to_keep:].bool()
+        log_probs = (logits.float() / self.temperature).log_softmax(dim=-1)
+        chosen = log_probs.gather(-1, labels[..., None])[..., 0].masked_fill(~mask, 0)
+        if not compute_entropy:
+            return chosen, None, None
+        with torch.no_grad():
+            entropies = -(log_probs.exp() * log_probs).sum(dim=-1).masked_fill(~mask, 0)
+        return chosen, entropies, None
 
     def roll_out(self, prompts: list[str], _trainer=None) -> dict:
         """One completion for each prompt, as TRL's rollout_func returns them, with their texts.
@@ -272,14 +299,34 @@ def step_shares(notes: Iterable[tuple[bool, bool, bool]], size: int) -> list[flo
     return [100 * share for share in shares]
 
 
-def split_by_length(batch: dict, parts: int) -> list[dict]:
+def completion_logits(model, ids: torch.Tensor, mask: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits, token ids) of the last `kept` columns, which hold the completions.
+
+    ids and mask: (completions, columns), prompts padded on the left and completions on the right. Every
+    sequence is moved to the left, so that padding stands right of it, where causal attention never looks.
+    """
+    prompts = mask[:, :-kept].sum(dim=1)
+    columns = torch.arange(ids.shape[1], device=ids.device) + (ids.shape[1] - kept - prompts)[:, None]
+    moved = ids.gather(1, columns.clamp(max=ids.shape[1] - 1))[:, : int(mask.sum(dim=1).max())]
+    first = int(prompts.min()) - 1  # the position that predicts the first token of any completion
+    logits = model(input_ids=moved, use_cache=False, logits_to_keep=moved.shape[1] - first).logits
+    places = (prompts[:, None] - 1 - first + torch.arange(kept, device=ids.device)).clamp(max=logits.shape[1] - 1)
+    return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), ids[:, -kept:]
+
+
+def split_by_length(batch: dict, parts: int, skip: bool = False) -> list[dict]:
     """A step's completions in parts of similar length, the longest first, without columns that only hold padding.
 
     batch: tensors of TRL's, (completions, columns), prompts padded on the left and completions on the right.
+    skip: leave out completions whose advantage is 0, for their gradient is 0 too; each part keeps at least one.
     """
     lengths = batch["completion_mask"].sum(dim=1)
+    order = lengths.argsort(descending=True, stable=True)
+    if skip:
+        teaches = batch["advantages"][order] != 0
+        order = torch.cat([order[teaches], order[~teaches]])[: max(parts, int(teaches.sum()))]
     found = []
-    for chosen in lengths.argsort(descending=True, stable=True).chunk(parts):
+    for chosen in order.tensor_split(parts):
         part = {
             name: value[chosen] if isinstance(value, torch.Tensor) and value.ndim else value
             for name, value in batch.items()

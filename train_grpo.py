@@ -14,7 +14,7 @@ The data split, the prompts, the evaluation, the files and --resume are those of
 
 import argparse
 import sys
-from functools import partial
+from functools import cache, partial
 
 from common import (
     COMPLETION_STOP,
@@ -141,7 +141,7 @@ def learn(args, trainer_class=None):
     training, held_out = split_questions(args.dataset, every, args.eval_size, args.seed)
     mode, system_prompt = choose_mode(args.mode, [], tokenizer)
     asked = choose_asking(args, mode, system_prompt, tokenizer)
-    ask = partial(build_prompt, mode, tokenizer=tokenizer, **asked)
+    ask = cache(partial(build_prompt, mode, tokenizer=tokenizer, **asked))  # each is asked for several times
     end = end_of_turn(mode, tokenizer)
     model = (load_with_adapter if hasattr(args, "rank") else load_full_model)(args, files, device)
     room, embeddings = positions(model), model.get_input_embeddings().num_embeddings

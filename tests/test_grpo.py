@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from trl import GRPOTrainer
 
 import rollouts
 import train_grpo
@@ -144,6 +145,58 @@ def test_parts_hold_every_token_once_and_lengths_are_alike():
         kept = [part[f"{name}_ids"][part[f"{name}_mask"].bool()] for part in parts]
         whole = batch[f"{name}_ids"][batch[f"{name}_mask"].bool()]
         assert sorted(torch.cat(kept).tolist()) == sorted(whole.tolist())
+
+
+@pytest.fixture
+def sampled(dataset, tmp_path):
+    """A trainer and a step that it could have sampled: two questions, four answers each; the first four teach nothing."""
+    trainer = trainer_of(dataset, tmp_path)
+    prompts = [prompt for prompt in list(trainer.ids)[:PROMPTS] for _ in range(COMPLETIONS)]
+    rolled, pad = trainer.roll_out(prompts), trainer.processing_class.pad_token_id
+    batch = {}
+    for name in ("prompt", "completion"):
+        side = "left" if name == "prompt" else "right"
+        tensors = [torch.tensor(ids) for ids in rolled[f"{name}_ids"]]
+        for key, filler, rows in (("ids", pad, tensors), ("mask", 0, [torch.ones_like(ids) for ids in tensors])):
+            batch[f"{name}_{key}"] = torch.nn.utils.rnn.pad_sequence(rows, True, filler, side)
+    batch["advantages"] = torch.tensor([0.0] * 4 + [1.0, -1.0, 0.5, -0.5])
+    batch["num_items_in_batch"] = batch["completion_mask"].sum()
+    return trainer, batch
+
+
+def test_the_way_of_a_cpu_gives_the_log_probabilities_and_entropies_of_trl(sampled):
+    trainer, batch = sampled
+    ids, mask = (torch.cat([batch[f"prompt_{key}"], batch[f"completion_{key}"]], dim=1) for key in ("ids", "mask"))
+    assert len(set(batch["prompt_mask"].sum(dim=1).tolist())) > 1
+    for columns in (slice(None), slice(2, 5)):
+        given = (trainer.model, ids[columns], mask[columns], batch["completion_ids"].shape[1])
+        ours = trainer._get_per_token_logps_and_entropies(*given, compute_entropy=True)
+        theirs = GRPOTrainer._get_per_token_logps_and_entropies(trainer, *given, compute_entropy=True)
+        for mine, other in zip(ours[:2], theirs[:2], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "grpo"])
+def test_completions_that_teach_nothing_are_left_out_and_the_gradient_is_that_of_all(sampled, loss_type):
+    trainer, batch = sampled
+    trainer.loss_type = loss_type
+
+    def gradient(parts):
+        trainer.model.zero_grad()
+        for part in parts:
+            trainer.args.steps_per_generation = trainer.current_gradient_accumulation_steps = len(parts)
+            trainer._compute_loss(trainer.model, part).backward()
+        return torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()])
+
+    trainer.model.train()
+    whole = gradient([batch])
+    trainer.args.steps_per_generation = 2
+    trainer._generate_and_score_completions = lambda _: batch
+    trainer._step, trainer._buffered_inputs = 0, None
+    first = trainer._prepare_inputs([None] * len(batch["advantages"]))
+    parts = trainer._buffered_inputs
+    assert first is parts[0] and [len(part["advantages"]) for part in parts] == [2, 2]
+    assert (gradient(parts) - whole).norm() < 1e-4 * whole.norm()
 
 
 def test_it_leaves_a_model_a_card_with_the_table_and_curves(trained):
