@@ -139,7 +139,9 @@ class GroupTrainer(Scored, GRPOTrainer):
         """Keep the untrained model in memory: TRL would load it again from a path, which a merged model has none of."""
         self.beta = beta
         if not hasattr(self.model, "disable_adapter"):  # an adapter's reference is its base
-            self.ref_model = self.accelerator.prepare_model(copy.deepcopy(self.model), evaluation_mode=True)
+            reference = copy.deepcopy(self.model)
+            vars(reference).pop("forward", None)  # TRL's, which goes on calling the trained model
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
             add_fused_lm_head(self.ref_model, temperature=self.temperature)
 
     def _get_train_sampler(self, dataset=None):
