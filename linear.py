@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.autograd.function import once_differentiable
 
-LARGE = 2**18  # elements of a weight; in smaller layers the call counts for more than the product
+LARGE = 2**16  # elements of a weight, and …
+WIDE = 512  # … inputs of a layer; in smaller ones the call counts for more than the product
 WORTHWHILE = 1.3  # times as fast, and oneDNN is taken; below that a measured gain may be chance
 
 
@@ -47,26 +49,78 @@ def onednn_gain() -> float:
     return min(seconds["torch"]) / min(seconds["onednn"])
 
 
-@contextlib.contextmanager
-def faster_linear(model, note: Callable[[str], None]):
-    """While it lasts, the model's large fp32 layers multiply with oneDNN, where that is faster. For inference alone."""
-    layers = [
+class OnednnLinear(torch.autograd.Function):
+    """`onednn_linear` that can be trained: its gradients are products by oneDNN too."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, inputs):
+        ctx.save_for_backward(weight, inputs)
+        return onednn_linear(weight, bias, inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        weight, inputs = ctx.saved_tensors
+        of_weight = of_bias = of_inputs = None
+        rows = gradient.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            of_weight = onednn_linear(inputs.flatten(0, -2).t(), None, rows.t())
+        if ctx.needs_input_grad[1]:
+            of_bias = rows.sum(0)
+        if ctx.needs_input_grad[2]:
+            of_inputs = onednn_linear(weight.t(), None, gradient)
+        return of_weight, of_bias, of_inputs
+
+
+def large_layers(model) -> list[torch.nn.Linear]:
+    """The model's layers that oneDNN may be faster for."""
+    return [
         module
         for module in model.modules()
         if type(module) is torch.nn.Linear
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
         and module.weight.numel() >= LARGE
-        and "forward" not in vars(module)  # another library's, which must stay
+        and module.in_features >= WIDE
+        and "forward" not in vars(module)  # another library's, or ours around a training: it stays
     ]
-    if torch.is_autocast_enabled("cpu") or not layers or onednn_gain() < WORTHWHILE:
-        yield
-        return
-    note(f"linear layers: oneDNN, {onednn_gain():.1f} times as fast on this processor as torch's default")
+
+
+@contextlib.contextmanager
+def onednn_layers(layers: list[torch.nn.Linear], product: Callable):
+    """While it lasts, the layers multiply with `product(weight, bias, inputs)`."""
     try:
         for module in layers:
-            module.forward = functools.partial(onednn_linear, module.weight, module.bias)
+            module.forward = functools.partial(multiply, module, product)
         yield
     finally:
         for module in layers:
             vars(module).pop("forward", None)
+
+
+def multiply(module: torch.nn.Linear, product: Callable, inputs: torch.Tensor) -> torch.Tensor:
+    return product(module.weight, module.bias, inputs)
+
+
+def onednn_pays(model) -> bool:
+    """Whether large fp32 layers are there, and oneDNN is the faster one for them."""
+    return not torch.is_autocast_enabled("cpu") and bool(large_layers(model)) and onednn_gain() >= WORTHWHILE
+
+
+@contextlib.contextmanager
+def faster_linear(model, note: Callable[[str], None]):
+    """While it lasts, the model's large fp32 layers multiply with oneDNN, where that is faster. For inference alone."""
+    if not onednn_pays(model):
+        yield
+        return
+    note(f"linear layers: oneDNN, {onednn_gain():.1f} times as fast on this processor as torch's default")
+    with onednn_layers(large_layers(model), onednn_linear):
+        yield
+
+
+@contextlib.contextmanager
+def products_by(library: str | None, model):
+    """While it lasts, the model's large layers multiply with "oneDNN", forward and backward, or as they do anyway."""
+    layers = large_layers(model) if library == "oneDNN" else []
+    with onednn_layers(layers, OnednnLinear.apply):
+        yield

@@ -15,6 +15,7 @@ need --multi_gpu as well: without it accelerate starts one.
 """
 
 import argparse
+import contextlib
 import math
 import random
 import shlex
@@ -47,6 +48,7 @@ from common import (
     plain_markdown,
     printable,
     processes,
+    read_json,
     read_jsonl,
     strip_annotations,
     thinking_is_open,
@@ -115,7 +117,8 @@ def fine_tune(args, build_model):
     show_examples(examples[:2], tokenizer)
     most = AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE)
     at_once = fit_into_memory(args, model, device, max(map(length, examples)), most)
-    record = run_record(args, files, mode, asked, training, held_out, pairs[0], device, at_once)
+    products = choose_products(args, model)
+    record = run_record(args, files, mode, asked, training, held_out, pairs[0], device, at_once, products)
 
     def build_trainer(resumed: bool):
         choose_pad_token(model, tokenizer, end.token)
@@ -157,6 +160,7 @@ def train_in_folder(args, record, build_trainer, ask, lesson: str, next_command:
     """
     from safetensors import SafetensorError
 
+    from linear import products_by
     from trainer import named_save_errors, train
 
     if args.push_to_hub:  # a refusal comes before the training
@@ -169,7 +173,7 @@ def train_in_folder(args, record, build_trainer, ask, lesson: str, next_command:
         if not finished:
             trainer = build_trainer(checkpoint is not None)
             begun = time.perf_counter()
-            with named_save_errors(args.output_dir):
+            with named_save_errors(args.output_dir), products_by(record["segments"][-1].get("products"), trainer.model):
                 train(trainer, checkpoint)
             spent = {"seconds": round(time.perf_counter() - begun, 3), "peak_memory": peak_memory()}
             record["segments"][-1].update(spent)
@@ -352,6 +356,20 @@ def choose_style(mode: str, tokenizer) -> str:
     return "completion"
 
 
+def choose_products(args, model) -> str:
+    """Which library multiplies in the model's large layers: "oneDNN" where it pays, else "torch", which chooses itself.
+
+    Their sums round differently. A run that goes on keeps what it began with, whatever would be measured now.
+    """
+    from linear import onednn_pays
+
+    chosen = "oneDNN" if args.dtype == "fp32" and onednn_pays(model) else "torch"
+    with contextlib.suppress(UserError, KeyError, TypeError, IndexError, AttributeError):  # no run, or a damaged record
+        if args.resume:
+            chosen = read_json(args.output_dir / RECORD)["segments"][0].get("products", "torch")
+    return gathered(chosen)[0]
+
+
 class End(NamedTuple):
     """How a completion ends: the text that closes the turn, and the token that it ends with."""
 
@@ -503,7 +521,7 @@ def show_examples(examples: list[dict], tokenizer) -> None:
         )
 
 
-def run_record(args, files, mode, asked, training, held_out, pair, device, at_once):
+def run_record(args, files, mode, asked, training, held_out, pair, device, at_once, products):
     """What decides the weights and what describes this run, as inference.py records it."""
     from model import quantization
 
@@ -529,6 +547,8 @@ def run_record(args, files, mode, asked, training, held_out, pair, device, at_on
     } | describe_run(device)
     if asked["now"]:
         segment["template_time"] = asked["now"].isoformat()
+    if products != "torch":
+        segment["products"] = products
     if quantization(files):
         segment["quantization"] = quantization(files)
     return {"decides": decides, "segments": [segment], "result": None}

@@ -38,6 +38,7 @@ from train import (
     check_output_dir,
     choose_asking,
     choose_mode,
+    choose_products,
     encode_examples,
     end_of_turn,
     fit_into_memory,
@@ -163,7 +164,8 @@ def learn(args, trainer_class=None):
     rollouts = Rollouts(
         args.prompts_per_step, args.num_generations, args.max_completion_length, decoding, args.format_reward
     )
-    record = run_record(args, files, mode, asked, training, held_out, pairs[0], device, at_once)
+    products = choose_products(args, model)
+    record = run_record(args, files, mode, asked, training, held_out, pairs[0], device, at_once, products)
     record["decides"] |= {"method": "grpo"} | {name: getattr(args, name) for name in DECIDING_FLAGS}
 
     def build_trainer(resumed: bool):

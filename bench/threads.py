@@ -1,7 +1,8 @@
-"""Measure generation on a CPU beside a busy process, by how OpenMP's threads wait for one another.
+"""Measure generation on a CPU beside other processes, by how OpenMP's threads wait for one another.
 
 Threads that spin at a barrier waste the time that a thread without a core needs. Each setting answers the same
-questions with inference.py, alone and beside a process that never rests, by turns. Prints a Markdown table.
+questions with inference.py, by turns: alone, beside a process that never rests, and in two runs at once, whose
+tokens/s are added. Prints a Markdown table.
 
     python bench/threads.py                                        # the demo's model
     python bench/threads.py --model-id FILE.gguf --dataset FOLDER --limit 32 --max-new-tokens 64
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import ArgumentParser, at_least, command_line
+from common import ArgumentParser, UserError, at_least, command_line
 
 UNSET = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 SETTINGS = {
@@ -32,24 +33,23 @@ SETTINGS = {
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 BUSY = "while True: pass"
+PLACES = ("alone", "beside a busy process", "two runs at once")
 
 
 @command_line
 def main(argv=None):
     args = parse_args(argv)
     names = args.settings or list(SETTINGS)
-    rates = {(name, beside): [] for name in names for beside in (False, True)}
+    rates = {(name, place): [] for name in names for place in PLACES}
     for _ in range(args.rounds):
-        for (name, beside), measured in rates.items():
-            measured.append(tokens_per_second(args, SETTINGS[name], beside))
-            place = "beside a busy process" if beside else "alone"
+        for (name, place), measured in rates.items():
+            measured.append(tokens_per_second(args, SETTINGS[name], place))
             print(f"{name}, {place}: {measured[-1]:.0f}", file=sys.stderr)
-    print(
-        f"| tokens/s, {args.model_id}, {os.cpu_count()} cores | alone | beside a busy process |\n| --- | ---: | ---: |"
-    )
+    print(f"| tokens/s, {args.model_id}, {os.cpu_count()} cores | {' | '.join(PLACES)} |")
+    print("| --- |" + " ---: |" * len(PLACES))
     for name in names:
-        alone, busy = (statistics.median(rates[name, beside]) for beside in (False, True))
-        print(f"| {name} | {alone:.0f} | {busy:.0f} |")
+        cells = (f"{statistics.median(rates[name, place]):.0f}" for place in PLACES)
+        print(f"| {name} | {' | '.join(cells)} |")
     return 0
 
 
@@ -66,25 +66,25 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def tokens_per_second(args, setting: dict, beside: bool) -> float:
-    """Output tokens a second by the run record, which counts from the first prompt to the last answer."""
+def tokens_per_second(args, setting: dict, place: str) -> float:
+    """Output tokens a second of all runs by their records, which count from the first prompt to the last answer."""
     environment = {key: value for key, value in os.environ.items() if key not in UNSET} | setting
-    busy = subprocess.Popen([sys.executable, "-c", BUSY]) if beside else None
+    flags = {
+        "--model-id": args.model_id, "--dataset": args.dataset, "--mode": args.mode, "--limit": args.limit,
+        "--max-new-tokens": args.max_new_tokens, "--dtype": "fp32",
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "inference.py"), *(str(part) for pair in flags.items() for part in pair)]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    busy = subprocess.Popen([sys.executable, "-c", BUSY]) if place == "beside a busy process" else None
     try:
         with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "answers.jsonl"
-            flags = {
-                "--model-id": args.model_id, "--dataset": args.dataset, "--mode": args.mode, "--limit": args.limit,
-                "--max-new-tokens": args.max_new_tokens, "--output": output, "--dtype": "fp32",
-            }  # fmt: skip
-            command = [
-                sys.executable,
-                str(ROOT / "inference.py"),
-                *(str(part) for pair in flags.items() for part in pair),
-            ]
-            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            segment = json.loads(output.with_suffix(".run.json").read_text())["segments"][-1]
-            return segment["output_tokens"] / segment["seconds"]
+            outputs = [Path(folder) / f"{number}.jsonl" for number in range(2 if place == "two runs at once" else 1)]
+            started = [subprocess.Popen([*command, "--output", one], env=environment, **silent) for one in outputs]
+            codes = [process.wait() for process in started]
+            if any(codes):
+                raise UserError(f"inference.py ended with exit code {max(codes)}: {' '.join(command)}")
+            segments = [json.loads(one.with_suffix(".run.json").read_text())["segments"][-1] for one in outputs]
+            return sum(segment["output_tokens"] / segment["seconds"] for segment in segments)
     finally:
         if busy:
             busy.kill()

@@ -32,6 +32,7 @@ import train
 import train_lora
 from common import build_prompt, log, write_atomically
 from data import load_questions
+from linear import products_by
 from model import find_model, load_model, load_tokenizer, positions
 from trainer import AT_ONCE, AT_ONCE_ELSEWHERE, HeldOut, ScoredTrainer, build_config, choose_pad_token, length
 
@@ -240,7 +241,8 @@ def measure_model(model_id, steps, batch_size):
             trainer.remove_callback(PrinterCallback)
             held = reset_peak()
             begun = time.process_time()
-            trainer.train()
+            with products_by(train.choose_products(args, model) if way == "ours" else "torch", model):
+                trainer.train()
             seconds = (time.process_time() - begun) / steps
             tokens = sum(map(length, examples)) / steps / seconds
             estimate = (
