@@ -84,19 +84,40 @@ def answer_tokens(row, setup):
     return answers * len(row.files), answers * (min(mean, most) + ANSWER_TOKENS["cot"] * max(0, len(budgets) - 1))
 
 
+def training_flags(training, setup):
+    """The flags of a training, with the defaults of its script that tell its length."""
+    defaults = {"batch_size": 16, "epochs": 3, "eval_questions": 500}
+    if training.script == "train_grpo.py":
+        defaults |= {"num_generations": 8, "prompts_per_step": 8, "epochs": 1, "eval_steps": 50, "mode": "thinking"}
+    flags = defaults | setup.sizes.training | training.flags
+    if training.script == "train_grpo.py":
+        flags["batch_size"] = flags["prompts_per_step"] * flags["num_generations"]
+        flags["epochs"] *= flags["num_generations"]  # each question is answered so often
+    return flags
+
+
 def training_tokens(training, setup):
-    flags = {"batch_size": 16, "epochs": 3} | setup.sizes.training | training.flags
+    flags = training_flags(training, setup)
     examples = (count_questions(setup.dataset, "train") - 500) * flags["epochs"]
     steps = setup.max_steps or flags.get("max_steps")
-    return EXAMPLE_TOKENS * min(examples, steps * flags["batch_size"] if steps else examples)
+    return EXAMPLE_TOKENS * (steps * flags["batch_size"] if steps else examples)
 
 
 def evaluation_tokens(training, setup):
-    """Tokens of the held-out questions that are answered before a training and after every epoch."""
-    flags = {"eval_questions": 500} | setup.sizes.training | training.flags
+    """Tokens that a training generates: the completions that it learns from where it samples them, and the held-out answers.
+
+    Held-out questions are answered at the start and after every epoch, in reinforcement learning after `eval_steps`.
+    """
+    flags = training_flags(training, setup)
+    answer = ANSWER_TOKENS[flags.get("mode", "chatml_think_prefill")]
+    trained = training_tokens(training, setup)
+    if training.script == "train_grpo.py":
+        sampled = trained // EXAMPLE_TOKENS
+        times = 1 + -(-sampled // (flags["batch_size"] * flags["eval_steps"]))
+        return (sampled + times * flags["eval_questions"]) * answer
     epoch = (count_questions(setup.dataset, "train") - 500) * EXAMPLE_TOKENS
-    times = 1 + -(-training_tokens(training, setup) // max(1, epoch))
-    return times * flags["eval_questions"] * ANSWER_TOKENS[flags.get("mode", "chatml_think_prefill")]
+    times = 1 + -(-trained // max(1, epoch))
+    return times * flags["eval_questions"] * answer
 
 
 def count_questions(dataset, split):
@@ -123,7 +144,7 @@ def trained_so_far(setup):
     paths = {path.parent.name: path for path in setup.trained.glob("*/train.run.json")}
     paths |= {path.name.removesuffix(".run.json"): path for path in (setup.results / "train").glob("*.run.json")}
     for record in map(record_in, paths.values()):
-        if record.get("result"):
+        if record.get("result") and record["decides"].get("method") != "grpo":  # whose time goes to sampling too
             tokens += record["result"]["step"] * record["decides"]["batch_size"] * EXAMPLE_TOKENS
             seconds += sum(segment.get("seconds") or 0 for segment in record["segments"])
     return tokens, seconds
@@ -176,9 +197,10 @@ def cost(record, path):
     last, seconds = segments[-1], sum(segment.get("seconds") or 0 for segment in segments)
     tokens = sum(segment.get("output_tokens") or 0 for segment in segments)
     if "result" in record:
-        script = f"train_lora.py --rank {decides['rank']}" if decides.get("rank") else "train.py"
+        rank = f" --rank {decides['rank']}" if decides.get("rank") else ""
+        script = "train_grpo.py" if decides.get("method") == "grpo" else "train_lora.py" if rank else "train.py"
         done = f"{(record['result'] or {}).get('step', 0):,} steps of {decides.get('batch_size')}"
-        words = f"{script} --mode {decides.get('mode', 'chatml_think_prefill')}"
+        words = f"{script}{rank} --mode {decides.get('mode', 'chatml_think_prefill')}"
     else:
         done = f"{sum(segment.get('answers') or 0 for segment in segments):,}"
         words = f"inference.py --mode {decides.get('mode')}"

@@ -87,7 +87,7 @@ class Sizes:
     train_questions: int | None = None  # of the train split, to find own right answers for
     budgets: tuple = (512, 1024, 2048, 4096)
     threads: int | None = None  # of each process
-    rates: bool = False  # whether the group `rates` is there: its learning rates suit the demo's model alone
+    demo: bool = False  # whether the groups `rates` and `grpo` are there: their rates and steps suit the demo alone
 
 
 DEMO = "demo/model"
@@ -98,7 +98,7 @@ DEMO_SIZES = Sizes(
     own_training={"learning_rate": 1e-3},
     train_questions=1000,
     budgets=(32, 64, 128, 256),
-    rates=True,
+    demo=True,
     threads=1,  # a model this small gains nothing from a second, and one adds up in the same order every time
 )
 DEFAULT_GROUPS = ("published", "controls", "recipes", "past")
@@ -117,7 +117,7 @@ def experiments(sizes):
         *recipe_experiments(sizes),
         *past_experiments(sizes),
         *real_experiments(),
-        *(rate_experiments() if sizes.rates else []),
+        *(rate_experiments() + grpo_experiments(sizes) if sizes.demo else []),
     ]
 
 
@@ -234,6 +234,26 @@ def rate_training(method, rate):
     if method == "full":
         return Training(f"rates/{method}/{rate}", flags)
     return Training(f"rates/{method}/{rate}", flags | {"rank": int(method.removeprefix("lora-r"))}, "train_lora.py")
+
+
+# By held-out train questions: 1e-3 loses what it learns, and sampling as the answers are sampled costs half as much
+# as at temperature 1, for fewer groups are to be trained on.
+GRPO = {"mode": "thinking", "temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_completion_length": 256,
+        "prompts_per_step": 32, "learning_rate": 3e-4, "max_steps": 40, "eval_steps": 10, "eval_questions": 300}  # fmt: skip
+# Steps in the processor time of GRPO's 40, evaluations included; own answers are sampled in that time too.
+EQUAL_TIME = {"own-answers-as-long": 290, "references-as-long": 480}
+
+
+def grpo_experiments(sizes):
+    """Reinforcement learning, and for as long training on own right answers and on references."""
+    trainings = []
+    for seed in sizes.seeds:
+        trainings.append(Training(f"grpo-seed{seed}", GRPO | {"seed": seed}, "train_grpo.py"))
+        for source, steps in EQUAL_TIME.items():
+            learns_from = "of-train" if source.startswith("own") else None
+            flags = sizes.own_training | {"max_steps": steps, "seed": seed}
+            trainings.append(Training(f"{source}-seed{seed}", flags, learns_from=learns_from))
+    return [Experiment(training.name, "grpo", THINKING | {"num_samples": 4}, training) for training in trainings]
 
 
 # ---- The commands
@@ -529,8 +549,14 @@ HEADINGS = {
     "real": "Prompted, and fine-tuned in cot",
     "real-own": "Trained on own right answers; of-train-cot is their source, on train questions",
     "rates": "Learning rates",
+    "grpo": "Reinforcement learning, and as long on own right answers and on references",
 }
-BASES = {"recipes": "base-prefill-1024", "past": "thinking-4096", "real-own": "cot"}  # stands beside the group
+BASES = {
+    "recipes": "base-prefill-1024",
+    "past": "thinking-4096",
+    "real-own": "cot",
+    "grpo": "thinking-4096",
+}  # stands beside the group
 BEST_PUBLISHED = "BF16-thinking_model_outputs_reduced_batch"
 FAMILIES = {
     "prompting": ["zero_shot_model_outputs", "cot_model_outputs", "few_shot_model_outputs", BEST_PUBLISHED],
@@ -541,6 +567,7 @@ FAMILIES = {
     "thinking-or-fine-tuned": [BEST_PUBLISHED, "thinking-4096", "base-prefill-4096", "Qwen3-GSM8k-SFT-BF16-temp0"],
     "recipes": ["base-prefill-1024", "sft", "lora-r4", "lora-r32", "sft-without-annotations"],
     "self": ["thinking-4096", "own-answers", "references"],
+    "reinforcement learning": ["thinking-4096", "grpo", *EQUAL_TIME],
     "modes": ["zero_shot", "few_shot", "cot"],
     "trained in cot": ["cot", "sft-cot", "lora-r4-cot", "lora-r32-cot"],
     "own answers in cot": ["cot", "own-answers-cot", "references-cot"],
@@ -594,6 +621,8 @@ def gather(table, setup):
         found.append((f"train/{path.parent.name}.run.json", path))
     for path in sorted(setup.trained.glob("rates/*/*e-*/train.run.json")):  # not those of a link to the best
         found.append((f"train/{path.relative_to(setup.trained)}", path))
+    for path in sorted(setup.trained.glob("grpo-*/training.png"))[:1]:  # the curves of one seed are enough
+        found.append((f"train/{path.parent.name}.png", path))
     if not found and not list(setup.results.glob("*.jsonl.gz")):
         raise UserError(f"{setup.results}: nothing to report yet; python reproduce.py run makes it")
     for name, path in found:
@@ -604,6 +633,9 @@ def gather(table, setup):
             if not (target.exists() and gzip.decompress(target.read_bytes()) == text):
                 with replacing(target) as file:
                     file.write(gzip.compress(text, 9, mtime=0))
+        elif name.endswith(".png"):
+            with replacing(target) as file:
+                file.write(path.read_bytes())
         else:
             write_atomically(target, without_folders(path.read_text(encoding="utf-8"), setup))
 
@@ -650,7 +682,9 @@ def section(group, heading, paths, setup):
     begun = [path.name.removesuffix(".jsonl.gz") for path in paths if ".part." in path.name]
     notes = "".join(f"\n- {name}: not finished, these are the answers so far\n" for name in begun)
     scores = f"```\n{printed(sweep.show, setup.results / 'train/rates')}```\n\n" if group == "rates" else ""
-    return f"\n## {heading}\n\n{scores}{text}{notes}\n![{group}]({group}.png)\n"
+    drawn = sorted((setup.results / "train").glob("grpo-*.png")) if group == "grpo" else []
+    curves = "".join(f"\n![{path.stem}: over its steps](train/{path.name})\n" for path in drawn)
+    return f"\n## {heading}\n\n{scores}{text}{notes}\n![{group}]({group}.png)\n{curves}"
 
 
 def with_picture(name, words, setup):

@@ -3,8 +3,9 @@
     python bench/grpo.py speed               # the same steps with both ways of sampling, by turns
     python bench/grpo.py shuffled            # rewards dealt out at random within a step: nothing can be learned from them
 
-Flags behind the name go to train_grpo.py; without any, the demo's model is trained on its problems. `shuffled`
-writes the trained model to --output-dir, to be tested with inference.py as any other.
+Flags behind the name go to train_grpo.py; without any, the demo's model is trained on its problems with the flags of
+reproduce.py's group `grpo`. `shuffled` writes the trained model to --output-dir, to be tested with inference.py as
+any other.
 """
 
 import random
@@ -16,10 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import reproduce
 import train_grpo
 from common import UserError, command_line
 
-DEMO = ["--model-id", "demo/model", "--dataset", "demo/problems", "--learning-rate", "1e-3"]
+DEMO = ["--model-id", "demo/model", "--dataset", "demo/problems", *reproduce.arguments(reproduce.GRPO)]
 SHORT = ["--max-steps", "6", "--eval-steps", "6", "--eval-questions", "1", "--eval-size", "16"]
 
 
@@ -88,8 +90,8 @@ def with_transformers(trainer, prompts: list[str]) -> dict:
             max_new_tokens=rollouts.max_new_tokens,
             do_sample=True,
             temperature=rollouts.decoding.temperature,
-            top_k=0,
-            top_p=1.0,
+            top_k=rollouts.decoding.top_k,
+            top_p=rollouts.decoding.top_p,
             pad_token_id=tokenizer.pad_token_id,
         )
     ends = set(trainer.eos_token_ids)

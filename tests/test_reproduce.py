@@ -21,6 +21,7 @@ import costs
 import inference
 import reproduce
 import train
+import train_grpo
 import train_lora
 from reproduce import Sizes, Step
 
@@ -72,6 +73,7 @@ def test_every_command_of_the_table_is_one_that_its_script_takes(place):
         "inference.py": inference.parse_args,
         "train.py": lambda words: train.build_parser("train.py", "", 1e-5, "").parse_args(words),
         "train_lora.py": train_lora.parse_args,
+        "train_grpo.py": train_grpo.parse_args,
         "benchmark.py": benchmark.parse,
     }
     (place / "outputs").mkdir(exist_ok=True)
