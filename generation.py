@@ -36,7 +36,7 @@ import torch
 from common import Decoding, UserError, first_line, log
 from graphs import CapturedSteps
 from linear import faster_linear
-from model import free_memory, is_out_of_memory
+from model import free_memory, is_out_of_memory, keep_freed_memory
 from sampling import choose_tokens
 from threads import following_load
 
@@ -148,6 +148,7 @@ def generate(
     if not requests:
         return
     limits = limits or LIMITS.get(model.device.type, Limits())
+    keep_freed_memory()
     stop_ids, hidden_ids = stop_token_ids(model, tokenizer), hidden_token_ids(tokenizer)
     has_stop_text = stop_text_finder(tokenizer, hidden_ids, stop_texts)
     cache = KVCache(choose_product(model.device, model.dtype, note))

@@ -1,6 +1,7 @@
 """A model's files: find, load and merge them; device, dtype and memory."""
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import math
@@ -15,9 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from common import (
+    DTYPES,
+    UserError,
+    collecting_later,
+    first_line,
+    hash_file,
+    log,
+    looks_like_path,
+    processes,
+    read_json,
+)
 
-from common import DTYPES, UserError, first_line, hash_file, log, looks_like_path, processes, read_json
+with collecting_later():
+    import torch
 
 # What decides a model's output; only these are downloaded and hashed. No pickled weights: loading
 # them can run code, so safetensors alone are read.
@@ -311,7 +323,8 @@ def quiet_transformers():
 
 
 def load_tokenizer(files):
-    from transformers import AutoTokenizer
+    with collecting_later():
+        from transformers import AutoTokenizer
 
     quiet_transformers()
     has_own = files.gguf or any(files.folder.glob("tokenizer*"))
@@ -340,7 +353,9 @@ def load_model(files, dtype, device):
     What is returned has all its weights from the files, and no weight of the files is left out.
     An adapter is merged in fp32 and rounded once: added to bf16 weights most of it would be lost.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    with collecting_later():
+        import transformers.modeling_utils  # noqa: F401 (from_pretrained would import it)
+        from transformers import AutoModelForCausalLM, GgufConfig
 
     quiet_transformers()
     final, full = getattr(torch, DTYPES[dtype]), files.base or files
@@ -627,6 +642,21 @@ def free_memory(device):
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.accelerator.empty_cache()  # what torch keeps for itself is free too
     return torch.accelerator.get_memory_info(device)[0]
+
+
+@functools.cache
+def keep_freed_memory():
+    """Keep up to a GiB that was freed, where the C library is glibc: activations come and go in every layer.
+
+    It gives memory back as soon as it can, and takes it again page by page. That took a sixth of the time of
+    generation on a CPU. Larger blocks, such as a cohort's keys, go back as ever.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # as malloc.h names them
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes
+            mallopt(trim_threshold, 2**30)
 
 
 def is_out_of_memory(error):

@@ -36,12 +36,13 @@ sys.path[0] = str(ROOT)  # in place of bench/, whose gguf.py would hide the pack
 import common
 import data
 import generation
+import threads
 from bench.peers import peer
 from model import choose_device, find_model, free_memory, load_model, load_tokenizer, positions
 
 TITLES = {"plain": "the plain way", "library": "continuous batching", "vllm": "vLLM"}
 PLAIN_BATCH = 32
-SETTLE = 1.5  # seconds before a turn: threads of the turn before spin for up to a second
+SETTLE = 1.5, 0.6  # seconds before a turn: threads of the turn before spin for up to a second, then ours may look
 MODES = ("cot", "thinking", "few_shot", "zero_shot")
 QWEN3_06B = {
     "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -135,7 +136,7 @@ def compare(args, mode, model, tokenizer, requests, ways):
     seconds, tokens = {name: [] for name in ways}, {}
     for _ in range(args.repeats):
         for name, way in ways.items():
-            time.sleep(SETTLE)
+            settle()
             begun = time.perf_counter()
             tokens[name] = way(model, tokenizer, requests, stop_ids)
             seconds[name].append(time.perf_counter() - begun)
@@ -153,6 +154,13 @@ def compare(args, mode, model, tokenizer, requests, ways):
     for name in others:
         result[name] = {"ratio": ratios[name], "tokens_per_second": round(rates[name])} | differences[name]
     return result | {"parted_beyond_rounding": sum(found["parted_beyond_rounding"] for found in differences.values())}
+
+
+def settle():
+    """Let the turn before end, and let the next one see a machine at rest when it chooses its number of threads."""
+    time.sleep(SETTLE[0])
+    threads.last_look = threads.usage()
+    time.sleep(SETTLE[1])
 
 
 def compare_texts(model, requests, ours, theirs, name):

@@ -1,8 +1,11 @@
 """Models, adapters and GGUF files as people hold them: loaded whole, with the logits and texts of transformers and peft, or refused by name."""
 
 import copy
+import gc
 import json
 import os
+import platform
+import resource
 import shutil
 from pathlib import Path
 
@@ -19,9 +22,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import model as product
 import train
 import train_lora
-from common import UserError, read_json
+from common import UserError, collecting_later, read_json
 from generation import Request, generate
-from model import ADAPTER_TYPES, choose_device, find_model, free_memory, load_model, load_tokenizer
+from model import (
+    ADAPTER_TYPES,
+    choose_device,
+    find_model,
+    free_memory,
+    keep_freed_memory,
+    load_model,
+    load_tokenizer,
+)
 
 assert own_folder  # every test here runs in a folder of its own, too
 
@@ -642,3 +653,27 @@ def test_free_memory_is_the_devices_own_where_it_has_some(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (123, 456))
     assert free_memory(torch.device("cuda")) == free_memory(torch.device("xpu")) == 123
     assert free_memory(CPU) > 1000 and free_memory(torch.device("mps")) > 1000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
+def test_memory_that_a_layer_frees_is_there_for_the_next_one():
+    def page_faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(5 * 2**20) for _ in range(4)]  # 80 MiB
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    page_faults()
+    assert page_faults() < 1000  # of the 20,480 pages
+
+
+def test_imports_put_garbage_collection_off_and_it_comes_back():
+    with collecting_later():
+        assert not gc.isenabled()
+        with collecting_later():
+            pass
+        assert not gc.isenabled()
+    with pytest.raises(ImportError), collecting_later():
+        import no_such_package  # noqa: F401
+    assert gc.isenabled()

@@ -29,7 +29,7 @@ for line in sys.stdin:
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """Runs the benchmark on two of the demo's questions beside a fake that gives these answers, None for none."""
-    monkeypatch.setattr(bench, "SETTLE", 0)
+    monkeypatch.setattr(bench, "SETTLE", (0, 0))
     fake = tmp_path / "python"
     fake.write_text(FAKE.format(python=sys.executable, folder=str(tmp_path)))
     fake.chmod(0o755)
