@@ -15,6 +15,7 @@ import psutil
 import torch
 
 LOOK_EVERY = 0.5  # seconds
+SHORTEST_LOOK = 0.1  # seconds: the system counts in hundredths
 SLACK = 0.25  # cores that others may use before a thread gives way
 
 
@@ -51,18 +52,23 @@ def following_load(device: torch.device) -> Iterator[Callable[[], None]]:
     """
     most = torch.get_num_threads()
 
-    def follow() -> None:
+    def look() -> None:
         global last_look
+        now = usage()
+        torch.set_num_threads(fitting_threads(most, psutil.cpu_count() or most, last_look, now))
+        last_look = now
+
+    def follow() -> None:
         if time.monotonic() - last_look.clock >= LOOK_EVERY:
-            now = usage()
-            torch.set_num_threads(fitting_threads(most, psutil.cpu_count() or most, last_look, now))
-            last_look = now
+            look()
 
     if device.type != "cpu" or most == 1 or "OMP_NUM_THREADS" in os.environ:
         yield lambda: None
         return
     try:
-        follow()
+        # Before the first step, which may be long: it reads many prompts.
+        time.sleep(max(0.0, last_look.clock + SHORTEST_LOOK - time.monotonic()))
+        look()
         yield follow
     finally:
         torch.set_num_threads(most)
