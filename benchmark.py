@@ -32,7 +32,16 @@ from common import PUBLISHED_KEYS, ArgumentParser, UserError, command_line, writ
 from data import Columns, load_questions, name_other_flag
 from pictures import plot
 from report import print_wrong, report, summary, write_page
-from scores import compare_runs, load_published, name_runs, pool_seeds, read_again, read_record, score_run
+from scores import (
+    compare_runs,
+    load_published,
+    name_runs,
+    pool_seeds,
+    published_names,
+    read_again,
+    read_record,
+    score_run,
+)
 
 
 @command_line
@@ -43,6 +52,8 @@ def main(argv=None):
     files = name_runs([score_run(path, format, keep) for path in options.files])
     runs = pool_seeds(files) if options.pool_seeds else files
     published = load_published(runs) if options.published else {}
+    if options.published and not published:
+        print(f"--published: no file has the name of a published row: {', '.join(published_names())}", file=sys.stderr)
     comparisons = compare_runs(runs) if options.compare else []
     if options.json:
         print(json.dumps([summary(run, published, comparisons) for run in runs], indent=2))

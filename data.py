@@ -42,7 +42,7 @@ def add_data_flags(parser) -> None:
         help=f"hub id, folder with a file for each split (test.jsonl), or one file; {', '.join(ENDINGS)} (default %(default)s)")  # fmt: skip
     add("--dataset-config", metavar="NAME", help="configuration of a hub data set (default for gsm8k: main)")
     add("--question-column", nargs="+", default=["question"], metavar="NAME",
-        help="columns that hold the question, joined by a space (default %(default)s)")  # fmt: skip
+        help="columns that hold the question, joined by a space (default question)")  # fmt: skip
     add("--answer-column", default="answer", metavar="NAME",
         help="column of the reference answer: a number, or text that ends in #### and a number (default %(default)s)")  # fmt: skip
 
@@ -126,6 +126,8 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
     datasets.disable_progress_bars()
     try:
         records = datasets.load_dataset("parquet", data_files={"train": str(path)}, split="train")
+    except OSError as error:  # of the file, or of the folder where the library keeps what it has read
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
     except Exception as error:  # a damaged file raises whatever its parser raises
         raise UserError(f"{path}: not a Parquet file: {first_line(error.__cause__ or error)}") from error
     for position, record in enumerate(records):

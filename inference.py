@@ -1,6 +1,6 @@
 """Answer grade-school math problems with a language model, in one of five prompting modes.
 
-Writes one JSON line an answer, and a run record beside it that says how they were made:
+Writes one JSON line for each answer, and beside the file a run record that says how the answers were made:
 
     python inference.py --mode cot --limit 100
     python inference.py --model-id demo/model --dataset demo/problems --mode thinking
@@ -143,7 +143,7 @@ def parse_args(argv):
     add(
         "--model-id",
         default="Qwen/Qwen3-0.6B",
-        help="hub id or folder of a model or LoRA adapter (default %(default)s)",
+        help="hub id or folder of a model or LoRA adapter, or a GGUF file (default %(default)s)",
     )
     add(
         "--base-model",
@@ -166,7 +166,7 @@ def parse_args(argv):
     add("--batch-size", type=batch_size, default="auto",
         help="most answers to generate at once; auto sizes it from free memory (default)")  # fmt: skip
     add("--max-new-tokens", type=at_least(1),
-        help="most new tokens an answer (default 512; thinking modes 4096; with --think-budget N, N + 512)")  # fmt: skip
+        help="most new tokens of an answer (default 512; thinking modes 4096; with --think-budget N, N + 512)")  # fmt: skip
     add("--stop", nargs="*", metavar="TEXT",
         help="end an answer before any of these texts (default none; for --few-shot-style completion "
         f"{' '.join(COMPLETION_STOP)}; --stop alone for none there)")  # fmt: skip
@@ -180,9 +180,9 @@ def parse_args(argv):
     add("--top-k", type=int, help="of sampling (default 20: Qwen3's model card)")
     add("--seed", type=at_least(0), default=42, help="of sampling (default %(default)s)")
     add("--num-samples", type=at_least(1, 10_000), default=1,
-        help="answers a question, when sampling (default %(default)s)")  # fmt: skip
+        help="answers to each question, when sampling (default %(default)s)")  # fmt: skip
     add("--dtype", choices=DTYPES, help="precision of weights and compute (default bf16 on CUDA, else fp32)")
-    add("--device", help="torch device, such as cuda:1 (default cuda where there is one, else cpu)")
+    add("--device", help="torch device, such as cuda:1 (default the accelerator that is there, else cpu)")
     add("--server", type=server_url, metavar="URL",
         help="ask a server with the OpenAI completions API (vLLM, SGLang, transformers serve) instead of loading the model; "
         "--model-id is its name there; a key comes from OPENAI_API_KEY")  # fmt: skip
@@ -206,9 +206,14 @@ def batch_size(text):
 
 def server_url(text):
     """The address of a server, with the path of its API."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise argparse.ArgumentTypeError(f"must be an address such as http://localhost:8000, got {text!r}")
+    try:
+        parts = urlsplit(text)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number or beyond 65535, or half a bracket
+        whole = False
+    if not whole:
+        got = "" if "@" in text or "?" in text else f", got {text!r}"  # which may hold a key
+        raise argparse.ArgumentTypeError(f"must be an address such as http://localhost:8000{got}")
     if parts.username or parts.password or parts.query:  # the address is printed and recorded
         raise argparse.ArgumentTypeError("holds a key or a query; pass the address alone, and a key in OPENAI_API_KEY")
     return text.rstrip("/").removesuffix("/v1") + "/v1"

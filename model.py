@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from common import (
     DTYPES,
+    START_MANY,
     UserError,
     collecting_later,
     first_line,
@@ -568,6 +569,8 @@ def choose_device(device, note=log):
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
         if processes() > 1:
+            if "LOCAL_RANK" not in os.environ:
+                raise UserError(f"LOCAL_RANK is not set, so which {device} device is this process's? {START_MANY}")
             device = f"{device}:{os.environ['LOCAL_RANK']}"
         note(f"device {device}: {device_name(torch.device(device))}")
     elif device is None:

@@ -321,12 +321,12 @@ def t95(degrees):
 
 
 def seed_interval(shares):
-    """The 95 % interval of the mean of one figure a seed: Student's t over seeds. None for a single seed."""
+    """The 95 % interval of the mean share, in percent, of several seeds: Student's t. None for a single seed."""
     if len(shares) < 2:
         return None
     middle, squared, degrees = mean_of_seeds(shares)
     half = t95(degrees) * sqrt(squared)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(100.0, middle + half)
 
 
 def seed_shares(run, kept=None):
@@ -578,6 +578,11 @@ class Published:
     source: str  # "readme", or "file" where the figure is recomputed from the published output
     inside: bool | None  # the figure lies in the run's interval by the published rule; None: not comparable
     protocol: str
+
+
+def published_names():
+    """The names of the published rows, which are those of their files without .jsonl."""
+    return list(json.loads(PUBLISHED_FILE.read_bytes())["rows"])
 
 
 def load_published(runs):

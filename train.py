@@ -206,7 +206,7 @@ def build_parser(prog, description, learning_rate, rate_source):
     add("--learning-rate", type=above_0, default=learning_rate, help=f"peak (default %(default)g: {rate_source})")
     add("--lr-scheduler", choices=SCHEDULERS, default="cosine", help="(default %(default)s: Stanford Alpaca's)")
     add("--warmup", type=from_0, default=0.03,
-        help="share of the steps, or from 1 on their number (default %(default)s: Stanford Alpaca's)")  # fmt: skip
+        help="share of the steps; 1 or more is their number (default %(default)s: Stanford Alpaca's)")  # fmt: skip
     add("--batch-size", type=at_least(1), default=16,
         help="examples a step, over all processes and accumulated parts (default %(default)s: QLoRA's)")  # fmt: skip
     add("--gradient-accumulation", type=at_least(1), default=1,

@@ -227,6 +227,11 @@ def test_the_interval_of_a_vote_is_the_bootstrap_over_questions(write, score):
     assert (low, high) == pytest.approx(100 * numpy.quantile(draws, [0.025, 0.975]), abs=2.6)
 
 
+def test_no_published_row_of_that_name_is_told(write, capsys):
+    benchmark.main([write([line()]), "--published"])
+    assert "--published: no file has the name of a published row: zero_shot_model_outputs, " in capsys.readouterr().err
+
+
 def test_a_vote_that_is_always_right_is_not_shown_without_doubt(write, score):
     (run,) = score(write([line(q, sample=s) for q in range(4) for s in range(2)]))
     assert run["majority_at"] == [100, 100]
@@ -639,6 +644,13 @@ def test_pooled_seeds_have_an_interval_over_seeds_and_no_claim_without_it(write,
         assert ("no difference shown between base and sft over seeds" in capsys.readouterr().out) is not shown
     welch = score(*seeds("a", *steady), *seeds("b", *erratic), "--pool-seeds", "--compare")[0]["compared"][0]
     assert welch["interval_seeds"] == pytest.approx([-49.0, 49.0], abs=1)  # t of 2.04 degrees over both spreads
+
+
+def test_an_interval_over_seeds_stays_a_share(write, score):
+    few, most = [write(right_where(right, 20), f"few-seed{right}.jsonl") for right in (0, 1)], []
+    most += [write(right_where(20 - right, 20), f"most-seed{right}.jsonl") for right in (0, 1)]
+    low, high = score(*few, *most, "--pool-seeds")
+    assert low["interval_seeds"][0] == 0 and high["interval_seeds"][1] == 100
 
 
 def test_seeds_of_other_questions_are_not_pooled(write, refuse):

@@ -648,6 +648,15 @@ def test_the_accelerator_that_torch_finds_is_chosen(kind, monkeypatch):
     assert choose_device("cpu", notes.append) == CPU
 
 
+def test_one_of_several_processes_that_does_not_know_its_device_is_told(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK is not set.*accelerate launch"):
+        choose_device(None)
+
+
 def test_free_memory_is_the_devices_own_where_it_has_some(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (123, 456))

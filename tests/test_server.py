@@ -373,6 +373,9 @@ def test_a_thinking_budget_is_kept_by_a_second_request(first, goes_on, closed, f
     ("flags", "told"),
     [
         (["--server", "localhost:8000"], "must be an address such as http://localhost:8000"),
+        (["--server", "http://localhost:99999"], "must be an address such as http://localhost:8000"),
+        (["--server", "http://localhost:port"], "must be an address such as http://localhost:8000"),
+        (["--server", "http://[::1"], "must be an address such as http://localhost:8000"),
         (["--server", "http://me:key@localhost"], "holds a key"),
         (["--server", "http://localhost", "--dtype", "bf16"], "--dtype: cannot be combined with --server"),
         (["--concurrency", "4"], "--concurrency: needs --server"),
