@@ -236,8 +236,7 @@ def rate_training(method, rate):
     return Training(f"rates/{method}/{rate}", flags | {"rank": int(method.removeprefix("lora-r"))}, "train_lora.py")
 
 
-# By held-out train questions: 1e-3 loses what it learns, and sampling as the answers are sampled costs half as much
-# as at temperature 1, for fewer groups are to be trained on.
+# Chosen by held-out train questions (results/training.md). Sampled as the answers are, the reward is their score.
 GRPO = {"mode": "thinking", "temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_completion_length": 256,
         "prompts_per_step": 32, "learning_rate": 3e-4, "max_steps": 40, "eval_steps": 10, "eval_questions": 300}  # fmt: skip
 # Steps in the processor time of GRPO's 40, evaluations included; own answers are sampled in that time too.
@@ -549,7 +548,7 @@ HEADINGS = {
     "real": "Prompted, and fine-tuned in cot",
     "real-own": "Trained on own right answers; of-train-cot is their source, on train questions",
     "rates": "Learning rates",
-    "grpo": "Reinforcement learning, and as long on own right answers and on references",
+    "grpo": "Reinforcement learning",
 }
 BASES = {
     "recipes": "base-prefill-1024",
@@ -567,7 +566,7 @@ FAMILIES = {
     "thinking-or-fine-tuned": [BEST_PUBLISHED, "thinking-4096", "base-prefill-4096", "Qwen3-GSM8k-SFT-BF16-temp0"],
     "recipes": ["base-prefill-1024", "sft", "lora-r4", "lora-r32", "sft-without-annotations"],
     "self": ["thinking-4096", "own-answers", "references"],
-    "reinforcement learning": ["thinking-4096", "grpo", *EQUAL_TIME],
+    "reinforcement learning": ["thinking-4096", "own-answers", "grpo", *EQUAL_TIME],
     "modes": ["zero_shot", "few_shot", "cot"],
     "trained in cot": ["cot", "sft-cot", "lora-r4-cot", "lora-r32-cot"],
     "own answers in cot": ["cot", "own-answers-cot", "references-cot"],

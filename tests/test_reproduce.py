@@ -172,6 +172,16 @@ def test_the_list_takes_rates_and_lengths_from_the_records_that_are_there(reprod
     assert rates["trained"] == pytest.approx(tokens / seconds) and rates["generated"] > 0
 
 
+def test_the_list_counts_what_reinforcement_learning_samples(place):
+    setup = setup_in(place, sizes=replace(SMALL, demo=True))
+    (row,) = reproduce.choose(reproduce.experiments(setup.sizes), ["grpo-seed1"])
+    steps, evaluations, questions = 40, 5, 300  # of reproduce.GRPO, the evaluation before the first step among them
+    completions = steps * 32 * 8
+    assert costs.training_tokens(row.training, setup) == completions * costs.EXAMPLE_TOKENS
+    answers = completions + evaluations * questions
+    assert costs.evaluation_tokens(row.training, setup) == answers * costs.ANSWER_TOKENS["thinking"]
+
+
 # ---- Running
 
 
@@ -353,6 +363,11 @@ def test_the_cost_of_a_run_is_what_its_record_tells(reproduced, capsys):
     rate = sum(one["output_tokens"] for one in segments) / sum(one["seconds"] for one in segments)
     assert "| inference.py --mode cot | 5 |" in of_answers and f"| {rate:,.0f} |" in of_answers
     assert "| train.py --mode " in of_training and "| 2 steps of 16 |" in of_training
+    record = common.read_json(reproduced / training)
+    record["decides"]["method"] = "grpo"
+    (reproduced / "grpo.run.json").write_text(json.dumps(record))
+    costs.main([str(reproduced / "grpo.run.json")])
+    assert "| train_grpo.py --mode " in capsys.readouterr().out.splitlines()[-1]
     for line in (of_answers, of_training):
         assert 0.1 < float(re.search(r"([0-9.]+) GiB cpu", line)[1]) < 50
 
