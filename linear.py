@@ -68,7 +68,8 @@ class OnednnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, bias, inputs):
-        ctx.save_for_backward(weight, inputs)
+        of_weight, _, of_inputs = ctx.needs_input_grad
+        ctx.save_for_backward(weight if of_inputs else None, inputs if of_weight else None)
         return onednn_linear(weight, bias, inputs)
 
     @staticmethod

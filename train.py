@@ -606,16 +606,24 @@ def activation_bytes_per_token(model, element, fused_head):
     """What a token keeps for the backward pass, by counting what the layers of a Llama-like model save.
 
     A layer: six times the hidden size (both norms twice, two inputs of matrices), query and output twice,
-    key and value twice, four times the MLP's width. On top, without a fused head, the logits, their
-    softmax and its gradient.
+    key and value twice, four times the MLP's width. An adapted matrix: its output once more, which is not
+    kept for long, but the C library's heap keeps its place; with dropout the input and its mask. On top,
+    without a fused head, the logits, their softmax and its gradient.
     """
+    from torch.nn import Dropout
+
     config = model.config.get_text_config()
     heads, hidden = config.num_attention_heads, config.hidden_size
     head = getattr(config, "head_dim", None) or hidden // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "intermediate_size", None) or 4 * hidden
     layer = 6 * hidden + 4 * heads * head + 4 * groups * head + 4 * width
-    return config.num_hidden_layers * layer * element + (0 if fused_head else 3 * 4 * config.vocab_size)
+    adapted = 0
+    for matrix in (module for module in model.modules() if hasattr(module, "lora_dropout")):
+        dropout = any(isinstance(part, Dropout) for part in matrix.lora_dropout.values())
+        adapted += matrix.out_features + 2 * dropout * matrix.in_features
+    numbers = config.num_hidden_layers * layer + adapted
+    return numbers * element + (0 if fused_head else 3 * 4 * config.vocab_size)
 
 
 def finish(args, trainer, record, ask, lesson: str):

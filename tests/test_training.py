@@ -889,8 +889,13 @@ def test_push_to_hub_asks_for_the_repository_first_and_uploads_at_the_end(datase
 # ------------------------------------------------------------------------------------------
 
 
-def test_activations_are_estimated_within_a_third():
-    model = load_model(find_model(MODEL), "fp32", torch.device("cpu"))
+@pytest.mark.parametrize("method", ["full", "LoRA with dropout"])
+def test_activations_are_estimated_from_what_is_saved(method, dataset, tmp_path):
+    if method == "full":
+        model = load_model(find_model(MODEL), "fp32", torch.device("cpu"))
+    else:
+        args = train_lora.parse_args([*flags(dataset, tmp_path), "--dtype", "fp32", "--dropout", "0.1"])
+        model = train_lora.load_with_adapter(args, find_model(MODEL), torch.device("cpu"))
     saved = {}
 
     def pack(tensor):
