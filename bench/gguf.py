@@ -155,7 +155,7 @@ def page(args, sections):
     return f"""# GGUF files
 
 `python bench/gguf.py {names} {flags}`, {time.strftime("%Y-%m-%d")}: the first {args.limit} test questions of GSM8K,
-greedy, fp32, at most {args.max_new_tokens} new tokens, {args.threads} threads of a CPU.
+greedy, fp32, at most {args.max_new_tokens} new tokens, {args.threads} thread{"s" * (args.threads > 1)} of a CPU.
 
 Each file is loaded as it is, once by this project and once by transformers alone, and both answer the same
 prompts: ours with this project's generation, the other with transformers' `generate` in a left-padded batch. A
