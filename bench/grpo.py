@@ -4,8 +4,8 @@
     python bench/grpo.py shuffled            # rewards dealt out at random within a step: nothing can be learned from them
 
 Flags behind the name go to train_grpo.py; without any, the demo's model is trained on its problems with the flags of
-reproduce.py's group `grpo`. `shuffled` writes the trained model to --output-dir, to be tested with inference.py as
-any other.
+reproduce.py's group `grpo`, `shuffled` for a quarter of its steps. `shuffled` writes the trained model to --output-dir,
+to be tested with inference.py as any other.
 """
 
 import random
@@ -22,6 +22,7 @@ import train_grpo
 from common import UserError, command_line
 
 DEMO = ["--model-id", "demo/model", "--dataset", "demo/problems", *reproduce.arguments(reproduce.GRPO)]
+SHUFFLED = ["--max-steps", "40", "--eval-steps", "10", "--output-dir", "outputs/shuffled"]
 SHORT = ["--max-steps", "6", "--eval-steps", "6", "--eval-questions", "1", "--eval-size", "16"]
 
 
@@ -31,7 +32,7 @@ def main(argv=None):
     if action == "speed":
         return compare_speed(flags or [*DEMO, *SHORT])
     if action == "shuffled":
-        return train_grpo.learn(train_grpo.parse_args(flags or [*DEMO, "--output-dir", "outputs/shuffled"]), shuffled())
+        return train_grpo.learn(train_grpo.parse_args(flags or [*DEMO, *SHUFFLED]), shuffled())
     raise UserError(f"{action!r}: pass speed or shuffled")
 
 
