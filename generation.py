@@ -713,7 +713,7 @@ class KVCache:
         vars(self).clear()
 
 
-FEW_ROWS = 8  # of queries a head, as in decoding: MKL multiplies keys by them up to twice as fast as them by keys
+FEW_QUERIES = 8  # for so few, as in decoding, MKL computes keys times queries up to twice as fast as queries times keys
 
 
 def choose_product(device: torch.device, dtype: torch.dtype, note: Callable[[str], None]) -> Callable:
@@ -745,7 +745,7 @@ def fp32_bmm_fault(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def plain_product(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    if query.shape[2] <= FEW_ROWS and query.dtype == torch.float32:
+    if query.shape[2] <= FEW_QUERIES and query.dtype == torch.float32:
         return (keys @ query.transpose(2, 3)).transpose(2, 3)
     return query @ keys.transpose(2, 3)
 
