@@ -1,7 +1,8 @@
 """The linear layers of a model on a CPU: whichever of torch's two matrix products is faster there.
 
 torch multiplies fp32 matrices with Intel's MKL. On processors of other makers MKL can stay at half the
-rate of oneDNN, which torch carries too and uses for 16-bit numbers.
+rate of oneDNN, which torch carries too and uses for 16-bit numbers. Either way torch hands it the weights as they
+are, and oneDNN lays them out anew in every product. Where the weights do not change, that can be done once.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from model import free_memory
 
 LARGE = 2**16  # elements of a weight, and …
 WIDE = 512  # … inputs of a layer; in smaller ones the call counts for more than the product
-WORTHWHILE = 1.3  # times as fast, and oneDNN is taken; below that a measured gain may be chance
+WORTHWHILE = 1.2  # times as fast, and oneDNN is taken; below that a measured gain may be chance
 PACKED_FOR = 64  # rows of inputs that a packed weight is laid out for; it serves any number
 PACKED_SHARE = 0.25  # of the free memory is the most that packed weights may take
 
@@ -35,24 +36,25 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def onednn_gain() -> float:
-    """How many times as fast as torch's own choice oneDNN multiplies in fp32 here; 0 where it fails or errs.
+def onednn_gain(dtype: torch.dtype = torch.float32, pack: bool = False) -> float:
+    """How many times as fast as torch's own choice oneDNN multiplies here; 0 where it fails or errs.
 
-    Measured by turns on a product of 64 rows, the best of five each, in some 20 ms.
+    pack: with a packed weight and 16 rows of inputs, as in a decode step; else with the weight as it is and 64.
+    Measured by turns, the best of five each, in some 20 ms.
     """
     draw = torch.Generator().manual_seed(0)
-    weight, inputs = (torch.randn(rows, 1024, generator=draw) for rows in (1024, 64))
-    ways = {
-        "torch": lambda: torch.nn.functional.linear(inputs, weight),
-        "onednn": lambda: onednn_linear(weight, None, inputs),
-    }
-    seconds = {name: [] for name in ways}
+    weight, inputs = (torch.randn(rows, 1024, generator=draw).to(dtype) for rows in (1024, 16 if pack else 64))
+    close = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 0.5}
+    seconds = {"torch": [], "onednn": []}
     try:
         with torch.inference_mode():
-            expected = ways["torch"]()
-            for found in (ways["onednn"](), onednn_linear(packed(weight), None, inputs)):
-                if not torch.allclose(expected, found, rtol=1e-4, atol=1e-3):
-                    return 0.0
+            laid_out = packed(weight) if pack else weight
+            ways = {
+                "torch": lambda: torch.nn.functional.linear(inputs, weight),
+                "onednn": lambda: onednn_linear(laid_out, None, inputs),
+            }
+            if not torch.allclose(ways["torch"](), ways["onednn"](), **close):
+                return 0.0
             for _ in range(5):
                 for name, way in ways.items():
                     begun = time.perf_counter()
@@ -87,14 +89,14 @@ class OnednnLinear(torch.autograd.Function):
         return of_weight, of_bias, of_inputs
 
 
-def large_layers(model) -> list[torch.nn.Linear]:
-    """The model's layers that oneDNN may be faster for."""
+def large_layers(model, dtype: torch.dtype = torch.float32) -> list[torch.nn.Linear]:
+    """The model's layers of a precision that oneDNN may be faster for."""
     return [
         module
         for module in model.modules()
         if type(module) is torch.nn.Linear
         and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
+        and module.weight.dtype == dtype
         and module.weight.numel() >= LARGE
         and module.in_features >= WIDE
         and "forward" not in vars(module)  # another library's, or ours around a training: it stays
@@ -124,19 +126,20 @@ def onednn_pays(model) -> bool:
 
 @contextlib.contextmanager
 def faster_linear(model, note: Callable[[str], None]):
-    """While it lasts, the model's large fp32 layers multiply with oneDNN, where that is faster. For inference alone.
+    """While it lasts, the model's large layers multiply with oneDNN, where that is faster. For inference alone.
 
-    The weights must not change meanwhile: where memory allows it, copies of them are used.
+    The weights must not change meanwhile: where memory allows it, packed copies of them are used.
     """
-    if not onednn_pays(model):
+    layers = large_layers(model, model.dtype) if model.dtype in (torch.float32, torch.bfloat16) else []
+    size = sum(module.weight.nbytes for module in layers)
+    pack = bool(layers) and size <= PACKED_SHARE * free_memory(model.device)
+    if not layers or torch.is_autocast_enabled("cpu") or onednn_gain(model.dtype, pack) < WORTHWHILE:
         yield
         return
-    layers = large_layers(model)
-    size = sum(module.weight.nbytes for module in layers)
-    fits = size <= PACKED_SHARE * free_memory(model.device)
-    how = f", with {size / 2**30:.1f} GiB of packed weights" if fits else ""
-    note(f"linear layers: oneDNN, {onednn_gain():.1f} times as fast on this processor as torch's default{how}")
-    weights = [packed(module.weight) if fits else module.weight for module in layers]
+    how = f" with {size / 2**30:.1f} GiB of packed weights" if pack else ""
+    gain = onednn_gain(model.dtype, pack)
+    note(f"linear layers: oneDNN{how}, {gain:.1f} times as fast on this processor as torch's default")
+    weights = [packed(module.weight) if pack else module.weight for module in layers]
     products = [
         functools.partial(onednn_linear, weight, layer.bias) for weight, layer in zip(weights, layers, strict=True)
     ]

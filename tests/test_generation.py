@@ -490,12 +490,12 @@ def test_large_layers_multiply_with_onednn_where_it_is_faster_and_give_the_same_
         return real(*arguments)
 
     monkeypatch.setattr(linear, "onednn_linear", counted)
-    for gain, share, used in ((0.0, 1, False), (1.2, 1, False), (2.0, 0, True), (2.0, 1, True)):
-        monkeypatch.setattr(linear, "onednn_gain", lambda gain=gain: gain)
+    for gain, share, used in ((0.0, 1, False), (1.1, 1, False), (2.0, 0, True), (2.0, 1, True)):
+        monkeypatch.setattr(linear, "onednn_gain", lambda *way, gain=gain: gain)
         monkeypatch.setattr(linear, "PACKED_SHARE", share)  # of the memory: none, or enough
         notes = []
         assert tokens_of(model, tokenizer, requests, note=notes.append) == alone
-        assert bool(calls) == used == any("oneDNN, 2.0 times as fast" in note for note in notes)
+        assert bool(calls) == used == any("2.0 times as fast" in note for note in notes)
         assert (used and share) == any("packed weights" in note for note in notes)
     assert not any("forward" in vars(module) for module in model.modules())
     calls.clear()
@@ -506,8 +506,9 @@ def test_large_layers_multiply_with_onednn_where_it_is_faster_and_give_the_same_
     assert not calls
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fault", ["other numbers", "fails", "packs otherwise"])
-def test_onednn_is_not_taken_where_it_fails_or_gives_other_numbers(fault, monkeypatch):
+def test_onednn_is_not_taken_where_it_fails_or_gives_other_numbers(fault, dtype, monkeypatch):
     def faulty(weight, bias, inputs):
         if fault == "fails":
             raise RuntimeError("not built with oneDNN")
@@ -517,7 +518,7 @@ def test_onednn_is_not_taken_where_it_fails_or_gives_other_numbers(fault, monkey
         monkeypatch.setattr(linear, "packed", lambda weight: weight + 1)
     else:
         monkeypatch.setattr(linear, "onednn_linear", faulty)
-    assert linear.onednn_gain.__wrapped__() == 0
+    assert linear.onednn_gain.__wrapped__(dtype, pack=True) == 0
 
 
 def waiting(*lengths, prefix=0, budget=10**6, max_sequences=100, most=80, **limits):

@@ -44,7 +44,7 @@ def test_a_training_that_goes_on_multiplies_as_it_began(dataset, tmp_path, monke
     monkeypatch.setattr(linear, "onednn_linear", lambda *given: calls.append(1) or real(*given))
 
     def measured(gain):
-        monkeypatch.setattr(linear, "onednn_gain", lambda: gain)
+        monkeypatch.setattr(linear, "onednn_gain", lambda *way: gain)
 
     short = ("--eval-questions", 2)
     measured(2.0)
@@ -64,7 +64,7 @@ def test_a_training_that_goes_on_multiplies_as_it_began(dataset, tmp_path, monke
 
 def test_a_training_made_before_goes_on_with_torchs_products(tmp_path, monkeypatch):
     model = torch.nn.Linear(600, 300)
-    monkeypatch.setattr(linear, "onednn_gain", lambda: 2.0)
+    monkeypatch.setattr(linear, "onednn_gain", lambda *way: 2.0)
     args = argparse.Namespace(dtype="fp32", resume=False, output_dir=tmp_path)
     assert train.choose_products(args, model) == "oneDNN"
     (tmp_path / runs.RECORD).write_text(json.dumps({"segments": [{"seconds": 1.0}]}))
