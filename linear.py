@@ -99,24 +99,32 @@ def large_layers(model, dtype: torch.dtype = torch.float32) -> list[torch.nn.Lin
         and module.weight.dtype == dtype
         and module.weight.numel() >= LARGE
         and module.in_features >= WIDE
-        and "forward" not in vars(module)  # another library's, or ours around a training: it stays
+        and ("forward" not in vars(module) or is_trained(module))  # another library's stays
     ]
 
 
 @contextlib.contextmanager
 def replaced(forwards: dict[torch.nn.Linear, Callable]):
     """While it lasts, each layer computes with the function given for it."""
+    before = {module: vars(module).get("forward") for module in forwards}  # a training's, around an evaluation's
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module in forwards:
+        for module, forward in before.items():
             vars(module).pop("forward", None)
+            if forward:
+                module.forward = forward
 
 
 def trained_product(module: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     return OnednnLinear.apply(module.weight, module.bias, inputs)
+
+
+def is_trained(module: torch.nn.Linear) -> bool:
+    """Whether a training has given the layer its product, see `products_by`."""
+    return getattr(module.forward, "func", None) is trained_product
 
 
 def onednn_pays(model) -> bool:

@@ -73,3 +73,23 @@ def test_a_training_made_before_goes_on_with_torchs_products(tmp_path, monkeypat
     assert train.choose_products(args, model) == "torch"
     args.resume, args.dtype = False, "bf16"
     assert train.choose_products(args, model) == "torch"
+
+
+def test_an_evaluation_within_a_training_has_packed_weights_and_leaves_the_training_as_it_was(monkeypatch):
+    monkeypatch.setattr(linear, "onednn_gain", lambda *way: 2.0)
+    packed, real = [], linear.packed
+    monkeypatch.setattr(linear, "packed", lambda weight: packed.append(1) or real(weight))
+    layer = torch.nn.Linear(600, 300)
+    model = torch.nn.Sequential(layer)
+    model.device, model.dtype = torch.device("cpu"), torch.float32
+    inputs = torch.randn(5, 600)
+    with linear.products_by("oneDNN", model):
+        trained = layer.forward
+        with linear.faster_linear(model, str), torch.inference_mode():
+            torch.testing.assert_close(layer(inputs), inputs @ layer.weight.T + layer.bias, rtol=1e-4, atol=1e-4)
+        assert len(packed) == 1 and layer.forward is trained
+        layer(inputs).sum().backward()
+    assert layer.weight.grad is not None and "forward" not in vars(layer)
+    layer.forward = len  # another library's
+    with linear.faster_linear(model, str):
+        assert layer.forward is len
