@@ -31,7 +31,7 @@ def onednn_linear(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
-    """A copy of a weight (out, in) in the layout that oneDNN multiplies by, which else it makes anew in every product."""
+    """A copy of a weight (out, in) in the layout that oneDNN multiplies by. Otherwise it makes one in every product."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR)
 
 
@@ -141,11 +141,11 @@ def faster_linear(model, note: Callable[[str], None]):
     layers = large_layers(model, model.dtype) if model.dtype in (torch.float32, torch.bfloat16) else []
     size = sum(module.weight.nbytes for module in layers)
     pack = bool(layers) and size <= PACKED_SHARE * free_memory(model.device)
-    if not layers or torch.is_autocast_enabled("cpu") or onednn_gain(model.dtype, pack) < WORTHWHILE:
+    gain = onednn_gain(model.dtype, pack) if layers and not torch.is_autocast_enabled("cpu") else 0.0
+    if gain < WORTHWHILE:
         yield
         return
     how = f" with {size / 2**30:.1f} GiB of packed weights" if pack else ""
-    gain = onednn_gain(model.dtype, pack)
     note(f"linear layers: oneDNN{how}, {gain:.1f} times as fast on this processor as torch's default")
     weights = [packed(module.weight) if pack else module.weight for module in layers]
     products = [

@@ -606,8 +606,8 @@ def activation_bytes_per_token(model, element, fused_head):
     """What a token keeps for the backward pass, by counting what the layers of a Llama-like model save.
 
     A layer: six times the hidden size (both norms twice, two inputs of matrices), query and output twice,
-    key and value twice, four times the MLP's width. An adapted matrix: its output once more, which is not
-    kept for long, but the C library's heap keeps its place; with dropout the input and its mask. On top,
+    key and value twice, four times the MLP's width. An adapted matrix: its output once more, for the C library's
+    heap keeps the place of what was freed; with dropout the input and its mask too. On top,
     without a fused head, the logits, their softmax and its gradient.
     """
     from torch.nn import Dropout
