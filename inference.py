@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import itertools
 import sys
 import time
@@ -111,18 +112,20 @@ def main(argv=None):
     identity = identify(questions, pool if args.few_shot_file else (), files, tokenizer_alone=bool(args.server))
     described = describe_command(args, files, now)
     closings = [closing_tokens(run, tokenizer, args.model_id) if run.think_budget else None for run in runs]
-    early = args.overwrite == "always" and not args.server  # what fails to load drops no answers
-    model, made = load_model(files, dtype, device) if early else None, {}
+    load = functools.cache(lambda: None if args.server else load_model(files, dtype, device))
+    before_drop = functools.partial(check_server, args, prompts, tokenizer) if args.server else load
+    made = {}
     for run, closing in zip(runs, closings, strict=True):
         decides = what_decides(args, run, template, prompts[0], shown, dtype) | identity
         output = RunOutput(run.output)
-        with output.opened({"decides": decides, "segments": [described | describe_run(device)]}, args.overwrite):
+        record = {"decides": decides, "segments": [described | describe_run(device)]}
+        with output.opened(record, args.overwrite, before_drop):
             missing = list_missing(len(prompts), args.num_samples, output)
             if missing or output.part_size():  # the latter: stopped between the last answer and the end
                 there = len(prompts) * args.num_samples - len(missing)
                 counted = f"{run.output}: {there} answers are there, {len(missing)} to go"
                 log(counted if there else f"writing {run.output}")
-                model = model or (None if args.server else load_model(files, dtype, device))
+                model = load()
                 share = own_share(missing, args.num_samples)
                 requests, too_long = build_requests(run, prompts, share, tokenizer, model, args.model_id, closing)
                 settled, requests = build_on(made, requests)
@@ -561,6 +564,16 @@ def build_on(made, requests):
         else:
             left.append(request)
     return settled, left
+
+
+def check_server(args, prompts: Sequence[str], tokenizer):
+    """UserError where the server does not answer a prompt. Asked before earlier answers are dropped."""
+    from generation import Request
+    from server import ask_server
+
+    shortest = min(prompts, key=len)
+    request = Request(0, 0, tokenizer(shortest, add_special_tokens=False)["input_ids"], 1)
+    list(ask_server(args.server, args.model_id, [request], [shortest], tokenizer, args.decoding, 1))
 
 
 def start_generating(args, model, tokenizer, requests, prompts) -> Iterator:

@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from checkpoints import drop_checkpoints, last_checkpoint
@@ -258,10 +258,11 @@ class RunOutput:
         self.gathered = False  # whether the others are known to have ended
 
     @contextlib.contextmanager
-    def opened(self, record, overwrite=None):
+    def opened(self, record, overwrite=None, before_drop: Callable[[], object] = lambda: None):
         """Lock, compare with the run record on disk, find what is done; release at the end.
 
-        overwrite: see `earlier_segments`.
+        overwrite: see `earlier_segments`. before_drop: called before earlier answers are dropped; where it raises,
+        they stay.
         Raises UserError where another process writes, where without `overwrite` the record on disk
         was made by a run that decides differently, or where a file cannot be written.
         """
@@ -274,7 +275,7 @@ class RunOutput:
                 stack.callback(self.drop_empty_part)
                 self.part = stack.enter_context(open(self.part_path, "a+b", buffering=0))
             if is_main():
-                segments, last_answer = self.prepare(record, overwrite)
+                segments, last_answer = self.prepare(record, overwrite, before_drop)
             wait_for_all()
             self.answers.read(self.path)
             self.answers.read(self.main_part)
@@ -296,7 +297,7 @@ class RunOutput:
         told = f"{self.path}: another process is writing it; wait for it or pass another --output"
         return locked(Path(f"{part}.lock"), UserError(told), wait)
 
-    def prepare(self, record, overwrite):
+    def prepare(self, record, overwrite, before_drop):
         """Leave only whole answers, all in the one part file; returns the earlier segments and the last answer's time."""
         peers = {f"{self.main_part.name}-{other}" for other in range(1, processes())}
         for name in (self.path.name, self.record_path.name):  # of a process killed while it wrote one
@@ -307,7 +308,13 @@ class RunOutput:
         last_answer = max((path.stat().st_mtime for path in written), default=0.0)
         way_out = "--overwrite to drop it, or another --output"
         stray = self.path if written else None
-        segments = earlier_segments(self.record_path, record, self.drop, overwrite, way_out, stray=stray)
+
+        def drop():
+            if stray or self.record_path.exists():
+                before_drop()
+            self.drop()
+
+        segments = earlier_segments(self.record_path, record, drop, overwrite, way_out, stray=stray)
         self.repair_part()
         for path in self.part_paths()[1:]:
             with open(path, "r+b") as other:

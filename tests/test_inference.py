@@ -125,10 +125,11 @@ def test_overwrite_keeps_the_answers_where_the_new_run_cannot_begin(tmp_path, ca
     assert "no room to answer" in capsys.readouterr().err
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(SystemExit, match="2"):
-        run(tmp_path / "a.jsonl", *flags, "--overwrite", model=str(model))
-    assert "model.safetensors" in capsys.readouterr().err
-    assert (tmp_path / "a.jsonl").read_bytes() == before
+    for overwrite in (["--overwrite"], ["--overwrite", "changed"]):
+        with pytest.raises(SystemExit, match="2"):
+            run(tmp_path / "a.jsonl", *flags, *overwrite, model=str(model))
+        assert "model.safetensors" in capsys.readouterr().err
+        assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
 def test_a_lora_adapter_answers_as_its_merged_model(tmp_path):

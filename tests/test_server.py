@@ -252,6 +252,16 @@ def test_a_port_where_nothing_listens_is_told_long_before_all_tries(tmp_path, mo
     assert 3 < sum(waits) < 9
 
 
+@pytest.mark.parametrize("overwrite", ["always", "changed"])
+def test_overwrite_drops_no_answers_where_the_server_gives_none(overwrite, fake, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    ask(fake, path, "--limit", 2)
+    before = path.read_bytes()
+    fake.fault, fake.probes = (lambda *_: {"status": 401}), True
+    line = refusal(capsys, ask, fake, path, "--limit", 2, "--max-new-tokens", 9, "--overwrite", overwrite)
+    assert "answers 401" in line and path.read_bytes() == before
+
+
 WAITS = {  # what the headers say, and the seconds that are waited
     "seconds": ({"retry-after": "12"}, 12),
     "a part of one": ({"retry-after-ms": "250"}, 0.25),
