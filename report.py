@@ -223,17 +223,24 @@ def first_few(comparisons, concerned, note):
         yield f"so it is for {len(pairs) - MOST_NOTES} more of the {len(comparisons)} pairs"
 
 
+def amount(count: int, one: str, several: str) -> str:
+    return f"1 {one}" if count == 1 else f"{count:,} {several}"
+
+
 def run_notes(run):
     counts, right = run.counts, run.counts["right"]
     finished = run.n - counts["unfinished"]
     if run.skipped:
-        yield f"{run.skipped:,} lines could not be read and are left out"
+        yield amount(run.skipped, "line could not be read and is left out", "lines could not be read and are left out")
     if counts["no_gold"]:
-        yield f"{counts['no_gold']:,} lines are left out: --gold does not hold their questions"
+        left_out = amount(counts["no_gold"], "line is left out", "lines are left out")
+        yield f"{left_out}: not a question of --gold"
     if counts["prompt_too_long"]:
-        yield f"{counts['prompt_too_long']:,} prompts were too long for the model; their empty answers count as wrong"
+        too_long = amount(counts["prompt_too_long"], "prompt was", "prompts were")
+        yield f"{too_long} too long for the model; an empty answer counts as wrong"
     if counts["without_marker"]:
-        yield f"{counts['without_marker']:,} references have no `####`, so the published rule cannot be applied"
+        without = amount(counts["without_marker"], "reference has", "references have")
+        yield f"{without} no `####`, so the published rule cannot be applied"
     if counts["unfinished"] > MISLEADING * run.n:
         of_those = f"; of those that did, {percent(right, finished):.0f} % were right" if finished else ""
         counted = f" (the published rule counts {counts['unfinished_published']:,} of them right)"
@@ -254,7 +261,8 @@ def run_notes(run):
             "only the answer before it counts, and --stop TEXT would end the text there"
         )
     if counts["off_format"]:
-        yield f"{counts['off_format']:,} answers were right but not in the asked format, `#### 18` alone on the last line"
+        right_ones = amount(counts["off_format"], "answer was", "answers were")
+        yield f"{right_ones} right but not in the asked format, `#### 18` alone on the last line"
     if counts["no_answer_right"]:
         yield (
             f"{counts['no_answer_right']:,} of the {counts['no_answer']:,} without an answer "

@@ -230,9 +230,9 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--seed", type=at_least(0), default=42,
         help="of split, order, sampling and adapters (default %(default)s: transformers')")  # fmt: skip
     add("--eval-size", type=at_least(1), default=500, help="train questions to hold out (default %(default)s)")
-    add("--eval-questions", type=at_least(0), default=EVAL_QUESTIONS,
+    add("--eval-questions", type=at_least(0),
         help="held-out questions to answer in every evaluation; their eval_score picks the checkpoint, with 0 "
-        "eval_loss does (default %(default)s, or all of a smaller --eval-size: a standard error of 2.2 points)")  # fmt: skip
+        f"eval_loss does (default {EVAL_QUESTIONS}, or all of a smaller --eval-size: a standard error of 2.2 points)")  # fmt: skip
     add("--patience", type=at_least(1), help="stop after so many evaluations without a new best (default never)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir, if there is one")
     add("--overwrite", nargs="?", const="always", choices=("always", "changed"),
@@ -273,8 +273,8 @@ def check_arguments(args, device):
     args.resume = args.resume or args.overwrite == "changed"
     if args.completions and args.strip_annotations:
         raise UserError("--strip-annotations: is for reference answers, and --completions takes others in their place")
-    if args.eval_size < args.eval_questions == EVAL_QUESTIONS:
-        args.eval_questions = args.eval_size
+    if args.eval_questions is None:
+        args.eval_questions = min(EVAL_QUESTIONS, args.eval_size)
     if args.eval_questions > args.eval_size:
         raise UserError(f"--eval-questions {args.eval_questions}: only --eval-size {args.eval_size} are held out")
     parts = processes() * args.gradient_accumulation

@@ -799,7 +799,7 @@ def test_other_golds_are_matched_by_text_and_what_has_none_is_left_out_and_count
     assert (run["n"], run["correct"], run["wrong"], run["no_gold"]) == (2, 1, 1, 1)
     benchmark.main([path, write([line(1)], "b.jsonl"), "--gold", dataset, "--wrong", "5", "--compare"])
     printed = capsys.readouterr().out
-    assert "run: 1 lines are left out: --gold does not hold their questions" in printed
+    assert "run: 1 line is left out: not a question of --gold" in printed
     assert printed.count("read 18, gold 7") == 2
     assert "--gold holds none of its 1 questions" in refuse(write([line(9)]), "--gold", dataset)
     assert "--gold none.jsonl" in refuse(path, "--gold", "./none.jsonl").replace("./", "")
@@ -946,4 +946,4 @@ def test_prompts_that_were_too_long_are_counted_and_wrong(write, score, capsys):
     (run,) = score(path)
     assert (run["prompt_too_long"], run["accuracy"]) == (1, 50)
     benchmark.main([path])
-    assert "1 prompts were too long for the model; their empty answers count as wrong" in capsys.readouterr().out
+    assert "1 prompt was too long for the model; an empty answer counts as wrong" in capsys.readouterr().out

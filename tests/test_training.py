@@ -185,6 +185,9 @@ def test_a_smaller_held_out_part_is_answered_whole(dataset, tmp_path):
         args = train.build_parser("", "", 1e-3, "").parse_args([*argv, str(size)])
         train.check_arguments(args, torch.device("cpu"))
         assert args.eval_questions == questions
+    args = train.build_parser("", "", 1e-3, "").parse_args([*argv, "20", "--eval-questions", "500"])
+    with pytest.raises(UserError, match="only --eval-size 20 are held out"):
+        train.check_arguments(args, torch.device("cpu"))
 
 
 def test_annotations_can_be_left_out_of_what_is_trained():
