@@ -4,6 +4,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+import train
+import train_grpo
 from common import ArgumentParser, UserError, command_line, is_run_record, printable, read_json
 from data import load_questions
 
@@ -85,12 +87,14 @@ def answer_tokens(row, setup):
 
 
 def training_flags(training, setup):
-    """The flags of a training, with the defaults of its script that tell its length."""
-    defaults = {"batch_size": 16, "epochs": 3, "eval_questions": 500}
-    if training.script == "train_grpo.py":
-        defaults |= {"num_generations": 8, "prompts_per_step": 8, "epochs": 1, "eval_steps": 50, "mode": "thinking"}
+    """The flags of a training, with its script's defaults for the others."""
+    by_groups = training.script == "train_grpo.py"
+    parser = train_grpo.build_parser() if by_groups else train.build_parser(training.script, None, None, None)
+    defaults = vars(parser.parse_args(["--output-dir", training.name]))
     flags = defaults | setup.sizes.training | training.flags
-    if training.script == "train_grpo.py":
+    if flags["eval_questions"] is None:
+        flags["eval_questions"] = min(train.EVAL_QUESTIONS, flags["eval_size"])
+    if by_groups:
         flags["batch_size"] = flags["prompts_per_step"] * flags["num_generations"]
         flags["epochs"] *= flags["num_generations"]  # each question is answered so often
     return flags
@@ -98,7 +102,7 @@ def training_flags(training, setup):
 
 def training_tokens(training, setup):
     flags = training_flags(training, setup)
-    examples = (count_questions(setup.dataset, "train") - 500) * flags["epochs"]
+    examples = (count_questions(setup.dataset, "train") - flags["eval_size"]) * flags["epochs"]
     steps = setup.max_steps or flags.get("max_steps")
     return EXAMPLE_TOKENS * (steps * flags["batch_size"] if steps else examples)
 
@@ -109,13 +113,13 @@ def evaluation_tokens(training, setup):
     Held-out questions are answered at the start and after every epoch, in reinforcement learning after `eval_steps`.
     """
     flags = training_flags(training, setup)
-    answer = ANSWER_TOKENS[flags.get("mode", "chatml_think_prefill")]
+    answer = ANSWER_TOKENS[flags["mode"] or "chatml_think_prefill"]
     trained = training_tokens(training, setup)
     if training.script == "train_grpo.py":
         sampled = trained // EXAMPLE_TOKENS
         times = 1 + -(-sampled // (flags["batch_size"] * flags["eval_steps"]))
         return (sampled + times * flags["eval_questions"]) * answer
-    epoch = (count_questions(setup.dataset, "train") - 500) * EXAMPLE_TOKENS
+    epoch = (count_questions(setup.dataset, "train") - flags["eval_size"]) * EXAMPLE_TOKENS
     times = 1 + -(-trained // max(1, epoch))
     return times * flags["eval_questions"] * answer
 

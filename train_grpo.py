@@ -68,7 +68,7 @@ def main(argv=None):
     return learn(args)
 
 
-def parse_args(argv):
+def build_parser():
     parser = ArgumentParser(
         "train_grpo.py", description=__doc__, epilog=ALWAYS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,10 +107,14 @@ def parse_args(argv):
     add("--merge", action="store_true", help="with --rank: write the full model, adapters added, and no adapter")
     # What the shared steps of training ask for and what is no choice here.
     parser.set_defaults(completions=None, strip_annotations=False, gradient_accumulation=1)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv):
+    args = build_parser().parse_args(argv)
     if args.merge and not args.rank:
         raise UserError("--merge: there is no adapter to merge without --rank")
-    if not args.eval_questions:
+    if args.eval_questions == 0:
         raise UserError("--eval-questions 0: the held-out score picks the checkpoint; pass 1 or more")
     args.learning_rate = args.learning_rate or RATES["lora" if args.rank else "full"]
     args.max_completion_length = (
