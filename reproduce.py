@@ -238,7 +238,8 @@ def rate_training(method, rate):
 
 # Chosen by held-out train questions (results/training.md). Sampled as the answers are, the reward is their score.
 GRPO = {"mode": "thinking", "temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_completion_length": 256,
-        "prompts_per_step": 32, "learning_rate": 3e-4, "max_steps": 160, "eval_steps": 40, "eval_questions": 300}  # fmt: skip
+        "prompts_per_step": 32, "learning_rate": 6e-4, "lr_scheduler": "linear", "max_steps": 280, "eval_steps": 70,
+        "eval_questions": 300}  # fmt: skip
 # Steps in the processor time of GRPO's, evaluations included; own answers are sampled in that time too.
 EQUAL_TIME = {"own-answers-as-long": 3000, "references-as-long": 3100}
 
