@@ -36,7 +36,7 @@ import torch
 from common import Decoding, UserError, first_line, log
 from graphs import CapturedSteps
 from linear import faster_linear
-from model import free_memory, is_out_of_memory, keep_freed_memory
+from model import free_memory, is_out_of_memory, keep_freed_memory, large_blocks_kept
 from sampling import choose_tokens
 from threads import following_load
 
@@ -473,7 +473,7 @@ class Engine:
 
         newest, over_buffers: see KVCache.begin_pass. Only the last token's logits are computed.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), large_blocks_kept():
             return self.model(
                 input_ids=ids,
                 attention_mask=self.cache.begin_pass(spans, newest, positions, over_buffers),

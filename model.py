@@ -12,6 +12,7 @@ import time
 import warnings
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -647,19 +648,41 @@ def free_memory(device):
     return torch.accelerator.get_memory_info(device)[0]
 
 
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # as malloc.h names them
+DEFAULT_MMAP_MAX = 65536
+
+
+@functools.cache
+def mallopt() -> Callable[[int, int], int]:
+    """glibc's function of this name. With another C library, one that does nothing."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            return ctypes.CDLL(None).mallopt
+    return lambda parameter, value: 0
+
+
 @functools.cache
 def keep_freed_memory():
     """Keep up to a GiB that was freed, where the C library is glibc: activations come and go in every layer.
 
     It gives memory back as soon as it can, and takes it again page by page. That took a sixth of the time of
-    generation on a CPU. Larger blocks, such as a cohort's keys, go back as ever.
+    generation on a CPU. Blocks above 32 MiB, such as a cohort's keys, go back as ever.
     """
-    trim_threshold, mmap_threshold = -1, -3  # as malloc.h names them
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes
-            mallopt(trim_threshold, 2**30)
+    mallopt()(MMAP_THRESHOLD, 32 * 2**20)  # the most that it takes
+    mallopt()(TRIM_THRESHOLD, 2**30)
+
+
+@contextlib.contextmanager
+def large_blocks_kept():
+    """Keep blocks of any size that are allocated meanwhile and freed later: the logits of many sequences are large.
+
+    Taking them page by page in every step made the head's product a third slower.
+    """
+    mallopt()(MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        mallopt()(MMAP_MAX, DEFAULT_MMAP_MAX)
 
 
 def is_out_of_memory(error):

@@ -16,15 +16,15 @@ def choose_tokens(logits: torch.Tensor, sequences: list, decoding: Decoding) -> 
     Raises UserError where a logit is NaN. Draws need fp64: without it on the device they are made on the CPU.
     """
     with torch.inference_mode():
-        highest = logits.max(dim=-1)  # NaN where a row holds one
-        if highest.values.isnan().any():
-            sequence = sequences[highest.values.isnan().int().argmax()]
+        values, indices = highest_logits(logits)
+        if values.isnan().any():
+            sequence = sequences[values.isnan().int().argmax()]
             raise UserError(
                 f"question {sequence.request.id}: the model's logits are not numbers (NaN) after {len(sequence.tokens)} "
                 "tokens; its weights are damaged or overflow: try --dtype fp32"
             )
         if not decoding.do_sample:
-            return highest.indices.tolist()
+            return indices.tolist()
         if not has_fp64(logits.device):
             logits = logits.cpu()
         names = [(one.request.id, one.request.sample, len(one.tokens)) for one in sequences]
@@ -32,6 +32,21 @@ def choose_tokens(logits: torch.Tensor, sequences: list, decoding: Decoding) -> 
         some = max(1, SAMPLED_LOGITS // logits.shape[1])
         pieces = zip(logits.split(some), counters.split(some), strict=True)
         return torch.cat([sample_tokens(*piece, decoding) for piece in pieces]).tolist()
+
+
+def highest_logits(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, token ids) as logits.max(dim=-1) gives them: NaN where a row holds one, the lowest id among equals.
+
+    On a CPU torch finds a maximum with its place number by number, and one without a place several times as fast.
+    So the place is sought in the best part of each row alone.
+    """
+    parts = math.gcd(logits.shape[-1], 128)
+    if logits.device.type != "cpu" or parts == 1:
+        return tuple(logits.max(dim=-1))
+    by_part = logits.unflatten(-1, (parts, -1))
+    values, best = by_part.amax(dim=-1).max(dim=-1)
+    inside = by_part[torch.arange(len(logits)), best].argmax(dim=-1)
+    return values, best * by_part.shape[-1] + inside
 
 
 @functools.cache

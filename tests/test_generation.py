@@ -18,7 +18,7 @@ import generation
 import linear
 from common import MODES, Decoding, UserError, build_prompt
 from generation import Cohort, Limits, Request, Scheduler, Sequence, generate
-from sampling import choose_tokens, counter_hash, has_fp64, sample_tokens
+from sampling import choose_tokens, counter_hash, has_fp64, highest_logits, sample_tokens
 
 VOCABULARY = 211  # below the demo tokenizer's end tokens, so that random models run to their limit
 SHAPE = {
@@ -395,6 +395,19 @@ def test_a_thought_open_when_its_budget_is_spent_is_closed_in_any_batch(tokenize
         assert tokens == [*begun, *one_at_a_time(model, [longer])[request.id, 0]]
         again = dataclasses.replace(request, begun=begun)
         assert tokens_of(model, tokenizer, [again]) == {(request.id, 0): tokens}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 97, 128, 1000, 151_936])
+def test_the_highest_logit_is_found_in_vocabularies_of_every_size(vocabulary, dtype):
+    logits = torch.randn(6, 2, vocabulary, generator=torch.Generator().manual_seed(0)).to(dtype)[:, -1]
+    logits[1] = 0.0  # all are equal
+    logits[2, -1] = logits[2, vocabulary // 2] = 99.0  # two are
+    logits[3, vocabulary // 3] = float("nan")
+    logits[4] = -torch.inf
+    values, tokens = highest_logits(logits)
+    expected = logits.max(dim=-1)
+    assert torch.equal(tokens, expected.indices) and torch.equal(values.nan_to_num(7), expected.values.nan_to_num(7))
 
 
 def test_of_equal_logits_the_lower_token_id_ranks_first():
