@@ -35,6 +35,7 @@ import torch
 
 from common import Decoding, UserError, first_line, log
 from graphs import CapturedSteps
+from head import greedy_head
 from linear import faster_linear
 from model import free_memory, is_out_of_memory, keep_freed_memory, large_blocks_kept
 from sampling import choose_tokens
@@ -153,9 +154,10 @@ def generate(
     has_stop_text = stop_text_finder(tokenizer, hidden_ids, stop_texts)
     cache = KVCache(choose_product(model.device, model.dtype, note))
     with (
+        following_load(model.device) as follow_load,  # first, for the next ones measure
+        contextlib.nullcontext() if decoding.do_sample else greedy_head(model, note),
         attention_replaced(model, cache),
-        following_load(model.device) as follow_load,
-        faster_linear(model, note),  # after the number of threads is right, for it measures
+        faster_linear(model, note),
         named_out_of_memory(),
     ):
         engine = Engine(model, cache, requests, decoding, stop_ids, has_stop_text, batch_size, limits, note)

@@ -45,7 +45,6 @@ def onednn_gain(dtype: torch.dtype = torch.float32, pack: bool = False) -> float
     draw = torch.Generator().manual_seed(0)
     weight, inputs = (torch.randn(rows, 1024, generator=draw).to(dtype) for rows in (1024, 16 if pack else 64))
     close = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 0.5}
-    seconds = {"torch": [], "onednn": []}
     try:
         with torch.inference_mode():
             laid_out = packed(weight) if pack else weight
@@ -55,14 +54,21 @@ def onednn_gain(dtype: torch.dtype = torch.float32, pack: bool = False) -> float
             }
             if not torch.allclose(ways["torch"](), ways["onednn"](), **close):
                 return 0.0
-            for _ in range(5):
-                for name, way in ways.items():
-                    begun = time.perf_counter()
-                    way()
-                    seconds[name].append(time.perf_counter() - begun)
+            seconds = fastest(ways)
     except (RuntimeError, AttributeError):  # a torch without oneDNN, or with another name for it
         return 0.0
-    return min(seconds["torch"]) / min(seconds["onednn"])
+    return seconds["torch"] / seconds["onednn"]
+
+
+def fastest(ways: dict[str, Callable]) -> dict[str, float]:
+    """Seconds that each way takes, by turns, the best of five."""
+    seconds = {name: [] for name in ways}
+    for _ in range(5):
+        for name, way in ways.items():
+            begun = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: min(times) for name, times in seconds.items()}
 
 
 class OnednnLinear(torch.autograd.Function):

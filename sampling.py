@@ -40,13 +40,17 @@ def highest_logits(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     On a CPU torch finds a maximum with its place number by number, and one without a place several times as fast.
     So the place is sought in the best part of each row alone.
     """
-    parts = math.gcd(logits.shape[-1], 128)
-    if logits.device.type != "cpu" or parts == 1:
+    parts = split_into_parts(logits)
+    if logits.device.type != "cpu" or parts.shape[1] == 1:
         return tuple(logits.max(dim=-1))
-    by_part = logits.unflatten(-1, (parts, -1))
-    values, best = by_part.amax(dim=-1).max(dim=-1)
-    inside = by_part[torch.arange(len(logits)), best].argmax(dim=-1)
-    return values, best * by_part.shape[-1] + inside
+    values, best = parts.amax(dim=-1).max(dim=-1)
+    inside = parts[torch.arange(len(logits)), best].argmax(dim=-1)
+    return values, best * parts.shape[-1] + inside
+
+
+def split_into_parts(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, vocabulary) as (batch, parts, size), with up to 128 parts."""
+    return logits.unflatten(-1, (math.gcd(logits.shape[-1], 128), -1))
 
 
 @functools.cache
