@@ -62,7 +62,11 @@ def main(argv=None):
     tokenizer, model = load(args, device)
     print(f"{args.threads} threads, {args.dtype}, {device}, {model.num_parameters() / 1e6:.2f} M parameters")
     requests = {mode: build_requests(args, mode, model, tokenizer) for mode in args.modes}
-    ways = {"ours": ours, "plain": plain} | ({"library": library} if args.library else {})
+    ways = (
+        {"ours": ours}
+        | ({} if args.without_plain else {"plain": plain})
+        | ({"library": library} if args.library else {})
+    )
     with vllm_started(args, model, requests) if args.peer else contextlib.nullcontext({}) as vllm:
         results = {mode: compare(args, mode, model, tokenizer, requests[mode], ways | vllm) for mode in args.modes}
     if args.shape:
@@ -92,6 +96,11 @@ def parse_args(argv):
     parser.add_argument("--repeats", type=positive, help="rounds (default 3 with the demo, else 1)")
     parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="CPU threads (default %(default)s)")
     parser.add_argument("--library", action="store_true", help="measure transformers' continuous batching too")
+    parser.add_argument(
+        "--without-plain",
+        action="store_true",
+        help="leave the plain way out, which takes several times as long as ours",
+    )
     parser.add_argument("--peer", choices=["vllm"], help="measure vLLM too")
     parser.add_argument("--peer-python", help="the Python of the environment that has vLLM (with --peer)")
     parser.add_argument(
@@ -107,6 +116,8 @@ def parse_args(argv):
     args.repeats = args.repeats or (1 if args.real else 3)
     if args.real and not Path(args.shared, "gsm8k").is_dir():
         raise common.UserError(f"--shared {args.shared}: no gsm8k/ in it, whose questions are wanted")
+    if args.without_plain and not (args.peer or args.library):
+        raise common.UserError("--without-plain: leaves nothing to compare with; pass --peer or --library too")
     if bool(args.peer) != bool(args.peer_python):
         raise common.UserError("--peer and --peer-python go together: vLLM has an environment of its own")
     if args.enforce_eager and not args.peer:
