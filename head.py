@@ -42,7 +42,7 @@ def round_weights(exact: torch.Tensor) -> Weights:
 def highest_right(weights: Weights, inputs: torch.Tensor) -> torch.Tensor:
     """Logits (…, vocabulary) in bf16 for inputs (…, hidden) in fp32. The highest of each row is that of the fp32 logits.
 
-    Others that rounding might put on top are -inf. A row with NaN keeps it.
+    It takes the highest value of those in doubt, the others of them -inf. A row with NaN keeps it.
     """
     logits = onednn_linear(weights.rounded, None, inputs.bfloat16())
     rows, hidden = logits.view(-1, logits.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
@@ -51,13 +51,15 @@ def highest_right(weights: Weights, inputs: torch.Tensor) -> torch.Tensor:
         _, highest = highest_logits(hidden[crowded] @ weights.exact.T)
         rows[crowded] = -math.inf
         rows[crowded, highest] = 0.0
+
+    def best_of_row(values, start, reduce):
+        return values.new_full((len(rows),), start).scatter_reduce(0, row, values, reduce)[row]
+
     exact = (weights.exact[token] * hidden[row]).sum(dim=-1)
-    best = exact.new_full((len(rows),), -math.inf).scatter_reduce(0, row, exact, "amax")
-    # Of equal ones the lowest id is the highest logit.
-    named = torch.where(exact == best[row], token, rows.shape[-1])
-    winner = token.new_full((len(rows),), rows.shape[-1]).scatter_reduce(0, row, named, "amin")
-    lost = token != winner[row]
-    rows[row[lost], token[lost]] = -math.inf
+    among_equals = torch.where(exact == best_of_row(exact, -math.inf, "amax"), token, rows.shape[-1])
+    wins = token == best_of_row(among_equals, rows.shape[-1], "amin")  # of equals the lowest id
+    top = best_of_row(rows[row, token], -math.inf, "amax")
+    rows[row, token] = top.where(wins, -math.inf)
     return logits
 
 

@@ -116,8 +116,6 @@ def parse_args(argv):
     args.repeats = args.repeats or (1 if args.real else 3)
     if args.real and not Path(args.shared, "gsm8k").is_dir():
         raise common.UserError(f"--shared {args.shared}: no gsm8k/ in it, whose questions are wanted")
-    if args.without_plain and not (args.peer or args.library):
-        raise common.UserError("--without-plain: leaves nothing to compare with; pass --peer or --library too")
     if bool(args.peer) != bool(args.peer_python):
         raise common.UserError("--peer and --peer-python go together: vLLM has an environment of its own")
     if args.enforce_eager and not args.peer:
@@ -155,8 +153,8 @@ def compare(args, mode, model, tokenizer, requests, ways):
     rates = {name: produced[name] / statistics.median(times) for name, times in seconds.items()}
     others = [name for name in ways if name != "ours"]
     ratios = {name: round(rates["ours"] / rates[name], 2) for name in others}
-    told = ", ".join(f"{ratio:.2f} times {TITLES[name]}" for name, ratio in ratios.items())
-    print(f"\n{mode}: {len(requests)} questions, {produced['ours']} output tokens, {told}")
+    told = "".join(f", {ratio:.2f} times {TITLES[name]}" for name, ratio in ratios.items())
+    print(f"\n{mode}: {len(requests)} questions, {produced['ours']} output tokens{told}")
     for name, times in seconds.items():
         print(f"  {name:7} median {statistics.median(times):7.2f} s ({min(times):.2f} to {max(times):.2f}), "
               f"{rates[name]:7.0f} tokens/s, {produced[name]} tokens")  # fmt: skip

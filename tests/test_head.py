@@ -45,6 +45,21 @@ def test_a_logit_is_found_though_all_its_weights_are_rounded_down_and_anothers_u
     assert highest(exact, inputs).item() == 3
 
 
+def test_a_logit_is_found_below_others_that_are_out_of_the_question():
+    half = 2**-8
+    exact = torch.full((128, 512), -0.25)
+    exact[[3, 90], 256:] = -1
+    exact[3, :256], exact[90, :256] = 1 + 0.99 * half, 1 + 1.01 * half
+    exact[90, 0] -= 0.1
+    exact[50] = torch.eye(512)[0] * 0.3
+    inputs = torch.ones(1, 1, 512)
+    assert (inputs[0] @ exact.T)[0, [3, 90, 50]].tolist() == pytest.approx([0.99, 0.91, 0.3], abs=1e-3)
+    assert (inputs[0].bfloat16() @ exact.bfloat16().T)[0, [3, 90, 50]].tolist() == pytest.approx(
+        [0, 1.9, 0.3], abs=0.01
+    )
+    assert highest(exact, inputs).item() == 3
+
+
 def test_of_equal_logits_the_lowest_id_wins_and_nan_stays():
     torch.manual_seed(0)
     exact = torch.randn(1024, 512)

@@ -98,7 +98,6 @@ def test_a_peer_that_ends_is_named_with_what_it_wrote_last(measured, capsys):
         (["--peer", "vllm"], "--peer and --peer-python go together"),
         (["--peer-python", "python"], "--peer and --peer-python go together"),
         (["--enforce-eager"], "pass --peer vllm too"),
-        (["--without-plain"], "leaves nothing to compare with"),
         (["--limit", "0"], "must be 1 or more"),
         (["--model-id", "demo/model", "--shared", "nowhere"], "no gsm8k/ in it"),
     ],
