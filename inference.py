@@ -129,7 +129,8 @@ def main(argv=None):
                 share = own_share(missing, args.num_samples)
                 requests, too_long = build_requests(run, prompts, share, tokenizer, model, args.model_id, closing)
                 settled, requests = build_on(made, requests)
-                generated = start_generating(args, model, tokenizer, requests, prompts)
+                choices = output.record["segments"][-1].setdefault("choices", []) if is_main() else []
+                generated = start_generating(args, model, tokenizer, requests, prompts, choices)
                 completions = itertools.chain(too_long, settled, generated)
                 write_answers(args.mode, args.num_samples, run, completions, len(share), asked, prompts, output, made)
             else:
@@ -576,8 +577,11 @@ def check_server(args, prompts: Sequence[str], tokenizer):
     list(ask_server(args.server, args.model_id, [request], [shortest], tokenizer, args.decoding, 1))
 
 
-def start_generating(args, model, tokenizer, requests, prompts) -> Iterator:
-    """The Completions of all requests as they end, by the model here or by the server."""
+def start_generating(args, model, tokenizer, requests, prompts, choices: list[str]) -> Iterator:
+    """The Completions of all requests as they end, by the model here or by the server.
+
+    choices: gets a line for each automatic choice, such as the batch size, for the run record.
+    """
     from tqdm import tqdm
 
     from generation import generate
@@ -587,7 +591,12 @@ def start_generating(args, model, tokenizer, requests, prompts) -> Iterator:
         return ask_server(
             args.server, args.model_id, requests, prompts, tokenizer, args.decoding, args.concurrency, args.stop
         )
-    note = tqdm.write if is_main() else lambda line: None
+
+    def note(line: str):
+        choices.append(line)
+        if is_main():
+            tqdm.write(line)
+
     return generate(model, tokenizer, requests, args.decoding, args.batch_size, note, stop_texts=args.stop)
 
 

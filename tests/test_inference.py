@@ -61,6 +61,7 @@ def test_the_run_record_says_what_decided_the_output(tmp_path):
     assert decides["sha256 of model.safetensors"] == common.hash_file(ROOT / "demo/model/model.safetensors")
     assert decides["thinking_switch"] is True and decides["dtype"] == "fp32"
     assert segment["answers"] == 2 and segment["seconds"] > 0 and segment["versions"]["torch"]
+    assert any(line.startswith("batch size 2: one for each request") for line in segment["choices"])
 
 
 @pytest.mark.parametrize("flags", [("--mode", "cot"), ("--mode", "thinking", "--num-samples", 3)])
