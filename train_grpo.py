@@ -5,8 +5,8 @@ preferred to wrong ones of the same question; nothing is imitated. Held-out ques
 checkpoint, the test split is never read:
 
     python train_grpo.py --output-dir outputs/grpo
-    python train_grpo.py --model-id demo/model --dataset demo/problems --learning-rate 3e-4 --prompts-per-step 32 \\
-        --temperature 0.6 --top-p 0.95 --top-k 20 --max-steps 40 --eval-steps 10 --output-dir outputs/demo-grpo
+    python train_grpo.py --model-id demo/model --dataset demo/problems --learning-rate 6e-4 --lr-scheduler linear \\
+        --prompts-per-step 32 --temperature 0.6 --top-p 0.95 --top-k 20 --max-steps 40 --output-dir outputs/demo-grpo
     python train_grpo.py --mode cot --rank 32 --learning-rate 1e-5 --output-dir outputs/grpo-lora
     python inference.py --model-id outputs/grpo --mode thinking
 
