@@ -11,6 +11,7 @@ from common import Decoding
 from model import find_model, load_tokenizer
 from sampling import highest_logits
 
+needs_bf16 = pytest.mark.skipif(not head.bf16_gain(), reason="oneDNN has no bf16 products on this processor")
 WIDE = {"hidden_size": 512, "intermediate_size": 768, "head_dim": 64, "vocab_size": 1024}
 
 
@@ -19,6 +20,7 @@ def highest(exact: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         return highest_logits(head.highest_right(head.round_weights(exact), inputs)[:, -1])[1]
 
 
+@needs_bf16
 @pytest.mark.parametrize("scale", [0.02, 1.0, 50.0])
 @pytest.mark.parametrize("vocabulary, hidden", [(128, 512), (4096, 640)])
 def test_the_highest_logit_is_that_of_fp32(vocabulary, hidden, scale):
@@ -35,6 +37,7 @@ def test_the_highest_logit_is_that_of_fp32(vocabulary, hidden, scale):
     assert (in_bf16 != logits.argmax(dim=-1)).any()  # it alone would not do
 
 
+@needs_bf16
 def test_a_logit_is_found_though_all_its_weights_are_rounded_down_and_anothers_up():
     half = 2**-8  # of the distance between 1 and the next number in bf16
     exact = torch.full((128, 512), 0.5)
@@ -45,6 +48,7 @@ def test_a_logit_is_found_though_all_its_weights_are_rounded_down_and_anothers_u
     assert highest(exact, inputs).item() == 3
 
 
+@needs_bf16
 def test_a_logit_is_found_below_others_that_are_out_of_the_question():
     half = 2**-8
     exact = torch.full((128, 512), -0.25)
@@ -60,6 +64,7 @@ def test_a_logit_is_found_below_others_that_are_out_of_the_question():
     assert highest(exact, inputs).item() == 3
 
 
+@needs_bf16
 def test_of_equal_logits_the_lowest_id_wins_and_nan_stays():
     torch.manual_seed(0)
     exact = torch.randn(1024, 512)
@@ -76,6 +81,7 @@ def tokenizer():
     return load_tokenizer(find_model("demo/model"))
 
 
+@needs_bf16
 def test_greedy_tokens_are_those_of_one_prompt_at_a_time(tokenizer, monkeypatch):
     model = random_model(**WIDE).float()
     requests = [dataclasses.replace(request, max_new_tokens=12) for request in random_requests(6)]
