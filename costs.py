@@ -14,9 +14,9 @@ ANSWER_TOKENS = {"zero_shot": 13, "cot": 176, "few_shot": 117, "thinking": 629, 
 # 22 % of those thoughts reached the limit. If thoughts end at a steady rate, such a one goes on for 670 tokens.
 BEYOND_1024 = 147
 EXAMPLE_TOKENS = 223  # of a GSM8K train question in chatml_think_prefill with its reference answer, counted
-# Tokens a second of Qwen3-0.6B's shape in fp32 on two CPU cores. The first is measured (results/speed-detail.md), the
-# second computed from the 196 GFLOP/s of that machine's matrix products, 6 products a weight, half of it reached.
-DEFAULT_RATES = {"generated": 18, "trained": 27}
+# Tokens a second of Qwen3-0.6B's shape in fp32 on two CPU cores, measured: 128 answers at once, and all weights trained
+# in steps of 16 (results/speed-detail.md).
+DEFAULT_RATES = {"generated": 144, "trained": 56}
 GSM8K = {"train": 7473, "test": 1319}
 
 
