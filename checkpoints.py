@@ -82,7 +82,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         fault = fault_at(step_of(checkpoint))
         if not fault:
             best = read_json(checkpoint / STATE).get("best_global_step")
-            if best and fault_at(best):
+            if best is not None and fault_at(best):
                 fault = f"the best one so far, checkpoint-{best}, cannot be used: {fault_at(best)}"
         if not fault:
             log(f"going on after step {step_of(checkpoint)}, from {checkpoint}")

@@ -98,6 +98,8 @@ class GroupOrder:
 class GroupTrainer(Scored, GRPOTrainer):
     """Learns to prefer the right completions of a question to its wrong ones."""
 
+    start_is_candidate = True
+    not_improved = "No evaluation was better than that of the untrained model, at step 0, which is kept as it was."
     curves = (
         ("right, % of completions", ("right",)),
         ("tokens a completion", ("completions/mean_length",)),
@@ -156,7 +158,10 @@ class GroupTrainer(Scored, GRPOTrainer):
         parts = self.args.steps_per_generation
         if self._step % parts == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = split_by_length(batch, parts, skip=not self.beta)
+            count = len(batch["advantages"])
+            if not self.beta:  # what teaches nothing is left out; TRL wants as many completions in each process
+                count = max(parts, *gathered(int((batch["advantages"] != 0).sum())))
+            self._buffered_inputs = split_by_length(batch, parts, count)
             if self.loss_type != "dapo":  # TRL averages over the completions of a part, then over the parts
                 for part in self._buffered_inputs:
                     part["advantages"] = part["advantages"] * (len(part["advantages"]) * parts / len(generation_batch))
@@ -263,6 +268,17 @@ class GroupTrainer(Scored, GRPOTrainer):
             before = part[-1]["step"]
         return [*lines, "", "Groups whose answers are all right or all wrong teach nothing.", ""]
 
+    def _evaluate(self, trial, *args, **kwargs):
+        """The evaluation at the start makes the untrained model the best so far, and saves it.
+
+        A step of reinforcement learning can do harm, and the run must not hand back less than it was given.
+        """
+        metrics = super()._evaluate(trial, *args, **kwargs)
+        if self.state.global_step == 0:
+            self._determine_best_metric(metrics, trial)
+            self._save_checkpoint(self.model, trial)
+        return metrics
+
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """The last step is evaluated too, and may be the one that is kept."""
         if self.state.global_step == self.state.max_steps and self.state.global_step not in evaluations(self):
@@ -316,19 +332,19 @@ def completion_logits(model, ids: torch.Tensor, mask: torch.Tensor, kept: int) -
     return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), ids[:, -kept:]
 
 
-def split_by_length(batch: dict, parts: int, skip: bool = False) -> list[dict]:
+def split_by_length(batch: dict, parts: int, count: int) -> list[dict]:
     """A step's completions in parts of similar length, the longest first, without columns that only hold padding.
 
     batch: tensors of TRL's, (completions, columns), prompts padded on the left and completions on the right.
-    skip: leave out completions whose advantage is 0, for their gradient is 0 too; each part keeps at least one.
+    count: how many completions are kept. Those whose advantage is 0 are left out first, for their gradient is 0 too.
     """
     lengths = batch["completion_mask"].sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)
-    if skip:
-        teaches = batch["advantages"][order] != 0
-        order = torch.cat([order[teaches], order[~teaches]])[: max(parts, int(teaches.sum()))]
+    teaches = batch["advantages"][order] != 0
+    kept = torch.cat([order[teaches], order[~teaches]])[:count]
+    kept = kept[lengths[kept].argsort(descending=True, stable=True)]
     found = []
-    for chosen in order.tensor_split(parts):
+    for chosen in kept.tensor_split(parts):
         part = {
             name: value[chosen] if isinstance(value, torch.Tensor) and value.ndim else value
             for name, value in batch.items()

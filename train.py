@@ -630,10 +630,12 @@ def finish(args, trainer, record, ask, lesson: str):
     """The model with its tokenizer, the trainer's state, curves, card and record; then no more checkpoints."""
 
     from model import merge
-    from trainer import NOT_IMPROVED, evaluations, improved
+    from trainer import evaluations, improved
 
-    best = evaluations(trainer).get(trainer.state.best_global_step)
-    if best is None:
+    scored = evaluations(trainer)
+    best = scored.get(trainer.state.best_global_step)
+    diverged = not math.isfinite([*scored.values()][-1]["eval_loss"])
+    if best is None or (diverged and best["step"] == 0):
         raise UserError(
             f"--learning-rate {args.learning_rate:g}: the training diverged before it was of any use; pass a smaller one"
         )
@@ -654,7 +656,7 @@ def finish(args, trainer, record, ask, lesson: str):
     for line in trainer.summary():
         log(line)
     if not improved(trainer):
-        log(NOT_IMPROVED)
+        log(trainer.not_improved)
 
 
 def inference_command(folder: Path, mode: str, style: str, system_prompt: str | None) -> str:
@@ -677,7 +679,7 @@ def call_hub(method, name, **arguments):
 
 
 def model_card(args, trainer, ask, lesson: str) -> str:
-    from trainer import NOT_IMPROVED, evaluations, improved
+    from trainer import evaluations, improved
 
     best = trainer.state.best_global_step
     rows = []
@@ -707,7 +709,7 @@ def model_card(args, trainer, ask, lesson: str) -> str:
             "| ---: | ---: | ---: | ---: | --- |",
             *rows,
             "",
-            *([] if improved(trainer) else [NOT_IMPROVED, ""]),
+            *([] if improved(trainer) else [trainer.not_improved, ""]),
             *trainer.summary(),
             "It was trained to go on from this prompt:",
             "",

@@ -2,7 +2,7 @@
 
 In every step it answers some questions several times. Answers that are right by the final reading are
 preferred to wrong ones of the same question; nothing is imitated. Held-out questions of the train split pick the
-checkpoint, the test split is never read:
+checkpoint, and the untrained model is one of those they pick from. The test split is never read:
 
     python train_grpo.py --output-dir outputs/grpo
     python train_grpo.py --model-id demo/model --dataset demo/problems --learning-rate 6e-4 --lr-scheduler linear \\

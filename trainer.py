@@ -170,6 +170,8 @@ class Scored:
     """Evaluation by score, the choice of the best checkpoint, and signals, for a trainer of TRL's."""
 
     stop_signal = None
+    start_is_candidate = False  # whether the model may be kept as it was before training
+    not_improved = "No evaluation was better than that of the untrained model, at step 0, which is no candidate."
     curves: tuple = ()  # what training.png shows above eval_score: (label, names in the log) of each panel
 
     def __init__(self, *, held_out: HeldOut, at_once: int, patience: int | None = None, **settings):
@@ -252,7 +254,8 @@ class Scored:
             log("eval_loss is not a number: the training has diverged and stops")
             self.control.should_training_stop = True
             return False
-        history = [entry for entry in self.state.log_history if "eval_loss" in entry and entry["step"]]
+        first = 0 if self.start_is_candidate else 1
+        history = [entry for step, entry in evaluations(self).items() if step >= first]
         name = self.args.metric_for_best_model
         sign = 1 if self.args.greater_is_better else -1
         scores = [sign * entry[name] for entry in history]
@@ -280,6 +283,8 @@ class Scored:
         checkpoint = checkpoint_at(folder, step)
         if is_main() and checkpoint.exists():  # a damaged one: none of its files may end up in the manifest
             shutil.rmtree(checkpoint)
+        if self.state.best_global_step is not None:  # transformers forgets it at step 0
+            self.state.best_model_checkpoint = str(checkpoint_at(folder, self.state.best_global_step))
         wait_for_all()
         try:
             with named_save_errors(checkpoint, (OSError, RuntimeError, SafetensorError)):
@@ -428,7 +433,7 @@ def train(trainer, checkpoint):
         control = state.stateful_callbacks["TrainerControl"]["args"]
         if state.global_step >= state.max_steps or control["should_training_stop"]:
             trainer.state = state  # killed after its last step; the folder may have another name since
-            if state.best_global_step:
+            if state.best_global_step is not None:
                 state.best_model_checkpoint = str(checkpoint.parent / f"checkpoint-{state.best_global_step}")
                 trainer._load_best_model()
             return
@@ -457,9 +462,6 @@ def stopping_on_signals(trainer):
 def evaluations(trainer):
     """The evaluations by step."""
     return {row["step"]: row for row in trainer.state.log_history if "eval_loss" in row}
-
-
-NOT_IMPROVED = "No evaluation was better than that of the untrained model, at step 0, which is no candidate."
 
 
 def improved(trainer):

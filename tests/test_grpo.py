@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,7 +139,8 @@ def test_parts_hold_every_token_once_and_lengths_are_alike():
         "advantages": torch.tensor([0.0, 1.0, 2.0, 3.0]),
         "num_items_in_batch": torch.tensor(18),
     }
-    parts = rollouts.split_by_length(batch, 2)
+    assert [part["advantages"].tolist() for part in rollouts.split_by_length(batch, 2, 3)] == [[1.0, 2.0], [3.0]]
+    parts = rollouts.split_by_length(batch, 2, 4)
     assert [part["completion_ids"].shape[1] for part in parts] == [9, 3]
     assert [part["prompt_ids"].shape[1] for part in parts] == [4, 3]
     assert [part["advantages"].tolist() for part in parts] == [[1.0, 2.0], [0.0, 3.0]]
@@ -207,7 +210,7 @@ def test_it_leaves_a_model_a_card_with_the_table_and_curves(trained):
     assert [step for step, _ in history(trained, "eval_score")] == [0, 2, 4, 6]
     assert len(history(trained, "right")) == 6
     record = read_json(trained / "train.run.json")
-    assert record["decides"]["method"] == "grpo" and record["result"]["step"] in (2, 4, 6)
+    assert record["decides"]["method"] == "grpo" and record["result"]["step"] in (0, 2, 4, 6)
     assert not list(trained.glob("checkpoint-*"))
 
 
@@ -230,6 +233,45 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(trained, data
         assert history(tmp_path / "run", name) == history(trained, name)
     ours, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", trained))
     assert all(torch.equal(ours[key], whole[key]) for key in whole)
+
+
+def test_two_processes_learn_from_the_same_completions_as_one(trained, dataset, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
+    command += ["--num_processes", "2", "train_grpo.py", *flags(dataset, tmp_path / "two")]
+    launched = subprocess.run(
+        command, check=False, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert launched.returncode == 0, launched.stderr
+    for name in ("right", "completions/mean_length", "groups_all_right", "grad_norm"):
+        assert history(tmp_path / "two", name)[0] == pytest.approx(history(trained, name)[0], rel=1e-3)
+    shares = [
+        a + b for (_, a), (_, b) in zip(*(history(tmp_path / "two", f"groups_all_{n}") for n in ("right", "wrong")))
+    ]
+    assert 50 in shares  # a step in which the group of one process teaches and that of the other does not
+
+
+@pytest.mark.parametrize("more", [(), ("--rank", "4", "--merge")])
+def test_a_training_that_only_does_harm_leaves_the_model_as_it_was(more, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rollouts.GroupTrainer, "count_right", lambda trainer, *_: (7 - trainer.state.global_step, 8))
+    folder, step = tmp_path / "run", rollouts.GroupTrainer.training_step
+
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts.GroupTrainer, "training_step", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            train_grpo.main(flags(dataset, folder, *more))
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-3"]
+    moved = folder.rename(tmp_path / "moved")
+    assert train_grpo.main(flags(dataset, moved, "--resume", *more)) == 0
+    told = "No evaluation was better than that of the untrained model, at step 0, which is kept as it was."
+    assert told in (moved / "README.md").read_text() and told in capsys.readouterr().out
+    assert read_json(moved / "train.run.json")["result"]["step"] == 0
+    ours, given = load_file(moved / "model.safetensors"), load_file(find_model(MODEL).folder / "model.safetensors")
+    assert ours.keys() == given.keys() and all(torch.equal(ours[key], given[key].float()) for key in ours)
 
 
 def test_adapters_are_trained_against_a_reference(dataset, tmp_path):
