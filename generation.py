@@ -276,11 +276,15 @@ class Cohort:
 
 
 class Span(NamedTuple):
-    """A forward pass's batch rows `rows` stand in these slots of the cohort. Without a cohort they are the prefix."""
+    """A forward pass's batch rows `rows` stand in these slots of the cohort. Without a cohort they are the prefix.
+
+    row_of: where sequences share a row, the row of each slot, int64 (slots,).
+    """
 
     cohort: Cohort | None
     slots: slice
     rows: slice
+    row_of: torch.Tensor | None = None
 
 
 class Scheduler:
@@ -339,6 +343,17 @@ class Scheduler:
         longest = self.own_columns(self.waiting[-1])
         similar = sum(self.own_columns(one) >= self.limits.similar_length * longest for one in self.waiting[-count:])
         return [self.waiting.pop() for _ in range(max(similar, min(count, self.limits.small_cohort)))]
+
+
+def distinct_rows(sequences: list[Sequence], prefix: int, most: int) -> tuple[list[list[int]], list[int]]:
+    """(the different tokens after the prefix, the row of each sequence), of the first sequences with `most` rows."""
+    rows, row_of = {}, []
+    for one in sequences:
+        own = (*one.request.prompt_ids[prefix:], *one.tokens)
+        if own not in rows and len(rows) == most:
+            break
+        row_of.append(rows.setdefault(own, len(rows)))
+    return [[*own] for own in rows], row_of
 
 
 # ------------------------------------------------------------------------------------------
@@ -422,7 +437,10 @@ class Engine:
             )
 
     def prefill(self) -> bool:
-        """Prefill waiting sequences of similar length, in chunks; return False if none fit."""
+        """Prefill waiting sequences of similar length, in chunks; return False if none fit.
+
+        Sequences of the same tokens, such as the samples of a question, are read once.
+        """
         if len(self.cohorts) >= self.limits.max_cohorts and self.scheduler.num_to_admit(self.cohorts):
             self.merge()
         count = self.scheduler.num_to_admit(self.cohorts)
@@ -434,14 +452,16 @@ class Engine:
         while sequences:
             new = own_columns(sequences[0])
             most = min(self.limits.max_prefill_tokens // new, self.limits.max_prefill_scores // (new * (prefix + new)))
-            chunk, sequences = sequences[: max(1, most)], sequences[max(1, most) :]
-            span = Span(cohort, slice(len(cohort.sequences), len(cohort.sequences) + len(chunk)), slice(len(chunk)))
+            rows, row_of = distinct_rows(sequences, prefix, max(1, most))
+            chunk, sequences = sequences[: len(row_of)], sequences[len(row_of) :]
+            slots, row_of = slice(len(cohort.sequences), len(cohort.sequences) + len(chunk)), self.tensor(row_of)
+            span = Span(cohort, slots, slice(len(rows)), row_of if len(rows) < len(chunk) else None)
             cohort.sequences += chunk
-            ids = [[*one.request.prompt_ids[prefix:], *one.tokens] for one in chunk]
-            ids = self.tensor([[0] * (new - len(own)) + own for own in ids])  # padded left
-            ends = self.tensor([len(one) for one in chunk])
+            ids = self.tensor([[0] * (new - len(own)) + own for own in rows])  # padded left
+            ends = self.tensor([prefix + len(own) for own in rows])
             positions = ends[:, None] + torch.arange(-new, 0, device=ends.device)
-            self.append_tokens(chunk, self.forward([span], ids, positions, [cohort.width - 1], over_buffers=False))
+            logits = self.forward([span], ids, positions, [cohort.width - 1], over_buffers=False)
+            self.append_tokens(chunk, logits if span.row_of is None else logits[row_of])
         return True
 
     def decode(self):
@@ -603,13 +623,13 @@ class KVCache:
     def update(self, keys, values, layer, *args, **kwargs):
         """Called by each layer: store the new tokens; keys and values are (batch, kv_heads, new, head_dim)."""
         self.updated = keys, values
-        for (cohort, slots, rows), newest in zip(self.spans, self.newest, strict=True):
+        for (cohort, slots, rows, row_of), newest in zip(self.spans, self.newest, strict=True):
             if cohort is None:
                 self.prefix[layer] = keys[0], values[0]
                 continue
             columns = slice(newest + 1 - keys.shape[2], newest + 1) if isinstance(newest, int) else newest
             for buffer, new in zip(cohort.buffers[layer], (keys, values), strict=True):
-                buffer[slots, :, columns] = new[rows]
+                buffer[slots, :, columns] = new[rows if row_of is None else row_of]
         return keys, values
 
     def attend(
@@ -634,7 +654,7 @@ class KVCache:
             queries = query.transpose(0, 1).reshape(1, kv_heads, batch * folded, head_dim)
             by_head = self.product(queries, prefix_keys[None])[0]
             over_prefix = by_head.view(kv_heads, batch, folded, shared).transpose(0, 1)
-        for number, (cohort, slots, rows) in enumerate(self.spans):
+        for number, (cohort, slots, rows, _) in enumerate(self.spans):
             own = [buffer[slots] for buffer in cohort.buffers[layer]] if self.over_buffers else (keys, values)
             scores = self.product(query[rows], own[0])
             scores = torch.cat([over_prefix[rows], scores], dim=-1) if shared else scores.contiguous()
@@ -658,7 +678,7 @@ class KVCache:
         """
         made = number, sliding_window
         if made not in self.masks:
-            cohort, _, rows = self.spans[number]
+            cohort, _, rows, _ = self.spans[number]
             keys = new = self.positions[rows]
             if self.over_buffers:
                 keys = new[:, -1:] + torch.arange(cohort.columns, device=new.device) - self.newest[number]

@@ -343,6 +343,25 @@ def demo_requests(mode, tokenizer, count, samples=1, most=300):
     return [Request(i, sample, ids[i], most) for i in range(count) for sample in range(samples)]
 
 
+def test_samples_of_a_question_read_its_prompt_once(tokenizer, monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=torch.float32)
+    requests = demo_requests("thinking", tokenizer, 5, samples=4, most=24)
+    decoding, read = Decoding(True, 1.0, seed=1), []
+    expected = tokens_of(model, tokenizer, requests, decoding=decoding, batch_size=1)
+    forward = generation.Engine.forward
+
+    def counted(engine, spans, ids, *rest, **more):
+        if not more["over_buffers"] and spans[0].cohort:
+            read.append(len(ids))
+        return forward(engine, spans, ids, *rest, **more)
+
+    monkeypatch.setattr(generation.Engine, "forward", counted)
+    assert tokens_of(model, tokenizer, requests, decoding=decoding) == expected
+    assert sum(read) == 5
+    few = Limits(max_prefill_tokens=1, max_sequences=7)  # one prompt at a time, and samples of one in different cohorts
+    assert tokens_of(model, tokenizer, requests, decoding=decoding, limits=few) == expected
+
+
 def test_sampled_text_is_a_function_of_seed_question_sample_and_step(tokenizer):
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=torch.float32)
     requests = demo_requests("thinking", tokenizer, 10, samples=3)
