@@ -423,7 +423,12 @@ def questions_and_answers(question, examples):
 
 def worked_answer(answer):
     """An answer as examples show it: in the asked form, and without `<<...>>`, for the model has no calculator."""
-    return strip_annotations(answer) if "####" in answer else f"#### {answer}"
+    return strip_annotations(answer) if "####" in answer else f"#### {whole_number(answer)}"
+
+
+def whole_number(number: str) -> str:
+    """A bare number as an answer should end: 17 where a data set of floats has 17.0."""
+    return re.sub(r"(?<=\d)\.0+$", "", number.strip())
 
 
 def build_messages(

@@ -54,6 +54,7 @@ from common import (
     thinking_is_open,
     uses_template,
     wait_for_all,
+    whole_number,
     write_atomically,
 )
 from data import Columns, Question, add_data_flags, hash_questions, load_questions, refuse_unscorable
@@ -459,9 +460,9 @@ def target_completion(answer: str, mode: str, prompt: str) -> str:
     The reasoning is a thought where the prompt has opened one, or where the mode is `thinking`; in
     zero_shot there is none.
     """
-    reasoning, _, number = answer.rpartition("####")
+    reasoning, marker, number = answer.rpartition("####")
     reasoning = "" if mode == "zero_shot" else reasoning.strip()
-    final = f"#### {number.strip()}"
+    final = f"#### {number.strip() if marker else whole_number(number)}"
     if thinking_is_open(prompt):
         opening = "" if prompt[-1].isspace() else "\n"  # behind the tag
         reasoning = f"{reasoning}\n" if reasoning else ""  # two line breaks would merge with that of the prompt

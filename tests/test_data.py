@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import common
 import reading
+import train
 from data import Columns, hash_questions, load_questions, refuse_unscorable
 
 PROBLEMS = [
@@ -99,6 +100,10 @@ def test_svamp_runs_as_it_is(shared):
     assert reading.score_final("#### 1", questions[1].answer) == "right" and questions[1].kept == {
         "Type": "Subtraction"
     }
+    assert questions[1].answer == "1.0"  # as an example and as a target it ends as an answer should
+    assert common.build_messages("few_shot", "?", [("Which?", "1.0")])[-1]["content"].count("Answer: #### 1\n") == 1
+    for answer, number in {"1.0": "1", "10": "10", "-3.25": "-3.25", "100.00": "100", " 2.5\n": "2.5"}.items():
+        assert train.target_completion(answer, "cot", "Why?") == f"#### {number}"
 
 
 def test_gsm_hard_runs_as_it_is(shared):
