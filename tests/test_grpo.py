@@ -214,7 +214,8 @@ def test_it_leaves_a_model_a_card_with_the_table_and_curves(trained):
     assert not list(trained.glob("checkpoint-*"))
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(trained, dataset, tmp_path, monkeypatch, capsys):
+def interrupt_third_step(monkeypatch, argv):
+    """Train until Ctrl-C arrives in the third step, which is finished and saved."""
     step = rollouts.GroupTrainer.training_step
 
     def interrupted(trainer, *args, **kwargs):
@@ -225,7 +226,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(trained, data
     with monkeypatch.context() as patch:
         patch.setattr(rollouts.GroupTrainer, "training_step", interrupted)
         with pytest.raises(SystemExit, match="130"):
-            train_grpo.main(flags(dataset, tmp_path / "run"))
+            train_grpo.main(argv)
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(trained, dataset, tmp_path, monkeypatch, capsys):
+    interrupt_third_step(monkeypatch, flags(dataset, tmp_path / "run"))
     assert (tmp_path / "run/checkpoint-3").is_dir()
     assert train_grpo.main(flags(dataset, tmp_path / "run", "--resume")) == 0
     assert "going on after step 3" in capsys.readouterr().out
@@ -253,17 +258,8 @@ def test_two_processes_learn_from_the_same_completions_as_one(trained, dataset, 
 @pytest.mark.parametrize("more", [(), ("--rank", "4", "--merge")])
 def test_a_training_that_only_does_harm_leaves_the_model_as_it_was(more, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rollouts.GroupTrainer, "count_right", lambda trainer, *_: (7 - trainer.state.global_step, 8))
-    folder, step = tmp_path / "run", rollouts.GroupTrainer.training_step
-
-    def interrupted(trainer, *args, **kwargs):
-        if trainer.state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(trainer, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rollouts.GroupTrainer, "training_step", interrupted)
-        with pytest.raises(SystemExit, match="130"):
-            train_grpo.main(flags(dataset, folder, *more))
+    folder = tmp_path / "run"
+    interrupt_third_step(monkeypatch, flags(dataset, folder, *more))
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-3"]
     moved = folder.rename(tmp_path / "moved")
     assert train_grpo.main(flags(dataset, moved, "--resume", *more)) == 0
