@@ -149,9 +149,15 @@ def trained_so_far(setup):
     paths |= {path.name.removesuffix(".run.json"): path for path in (setup.results / "train").glob("*.run.json")}
     for record in map(record_in, paths.values()):
         if record.get("result") and record["decides"].get("method") != "grpo":  # whose time goes to sampling too
-            tokens += record["result"]["step"] * record["decides"]["batch_size"] * EXAMPLE_TOKENS
+            tokens += steps_taken(record) * record["decides"]["batch_size"] * EXAMPLE_TOKENS
             seconds += sum(segment.get("seconds") or 0 for segment in record["segments"])
     return tokens, seconds
+
+
+def steps_taken(record):
+    """The last step of a finished training. Records made before name the step that was kept alone."""
+    result = record["result"] or {}
+    return result.get("last_step", result.get("step", 0))
 
 
 def record_in(path):
@@ -203,7 +209,7 @@ def cost(record, path):
     if "result" in record:
         rank = f" --rank {decides['rank']}" if decides.get("rank") else ""
         script = "train_grpo.py" if decides.get("method") == "grpo" else "train_lora.py" if rank else "train.py"
-        done = f"{(record['result'] or {}).get('step', 0):,} steps of {decides.get('batch_size')}"
+        done = f"{steps_taken(record):,} steps of {decides.get('batch_size')}"
         words = f"{script}{rank} --mode {decides.get('mode', 'chatml_think_prefill')}"
     else:
         done = f"{sum(segment.get('answers') or 0 for segment in segments):,}"

@@ -346,7 +346,7 @@ class Scheduler:
 
 
 def distinct_rows(sequences: list[Sequence], prefix: int, most: int) -> tuple[list[list[int]], list[int]]:
-    """(the different tokens after the prefix, the row of each sequence), of the first sequences with `most` rows."""
+    """Of as many of the first sequences as have at most `most` different tokens after the prefix: those, and each one's row."""
     rows, row_of = {}, []
     for one in sequences:
         own = (*one.request.prompt_ids[prefix:], *one.tokens)

@@ -99,7 +99,6 @@ class GroupTrainer(Scored, GRPOTrainer):
     """Learns to prefer the right completions of a question to its wrong ones."""
 
     start_is_candidate = True
-    not_improved = "No evaluation was better than that of the untrained model, at step 0, which is kept as it was."
     curves = (
         ("right, % of completions", ("right",)),
         ("tokens a completion", ("completions/mean_length",)),
@@ -274,7 +273,9 @@ class GroupTrainer(Scored, GRPOTrainer):
         A step of reinforcement learning can do harm, and the run must not hand back less than it was given.
         """
         metrics = super()._evaluate(trial, *args, **kwargs)
-        if self.state.global_step == 0:
+        if self.start_is_candidate and self.state.global_step == 0:
+            if not math.isfinite(metrics["eval_loss"]):
+                raise UserError("eval_loss of the untrained model is not a number: its weights are damaged or overflow")
             self._determine_best_metric(metrics, trial)
             self._save_checkpoint(self.model, trial)
         return metrics

@@ -631,7 +631,7 @@ def finish(args, trainer, record, ask, lesson: str):
     """The model with its tokenizer, the trainer's state, curves, card and record; then no more checkpoints."""
 
     from model import merge
-    from trainer import evaluations, improved
+    from trainer import evaluations, not_improved
 
     scored = evaluations(trainer)
     best = scored.get(trainer.state.best_global_step)
@@ -651,13 +651,11 @@ def finish(args, trainer, record, ask, lesson: str):
         return
     write_atomically(args.output_dir / "README.md", model_card(args, trainer, ask, lesson))
     draw_curves(trainer.state.log_history, trainer.curves, args.output_dir / "training.png")
-    record["result"] = best
+    record["result"] = best | {"last_step": trainer.state.global_step}
     write_record(args.output_dir, record)
     drop_checkpoints(args.output_dir)
-    for line in trainer.summary():
+    for line in [*trainer.summary(), *not_improved(trainer)]:
         log(line)
-    if not improved(trainer):
-        log(trainer.not_improved)
 
 
 def inference_command(folder: Path, mode: str, style: str, system_prompt: str | None) -> str:
@@ -680,7 +678,7 @@ def call_hub(method, name, **arguments):
 
 
 def model_card(args, trainer, ask, lesson: str) -> str:
-    from trainer import evaluations, improved
+    from trainer import evaluations, not_improved
 
     best = trainer.state.best_global_step
     rows = []
@@ -710,7 +708,7 @@ def model_card(args, trainer, ask, lesson: str) -> str:
             "| ---: | ---: | ---: | ---: | --- |",
             *rows,
             "",
-            *([] if improved(trainer) else [trainer.not_improved, ""]),
+            *(line for sentence in not_improved(trainer) for line in (sentence, "")),
             *trainer.summary(),
             "It was trained to go on from this prompt:",
             "",

@@ -26,6 +26,7 @@ from common import (
     at_least,
     build_prompt,
     command_line,
+    gathered,
     log,
 )
 from data import Columns, load_questions
@@ -164,7 +165,8 @@ def learn(args, trainer_class=None):
             f"--prompts-per-step {args.prompts_per_step}: more than the {len(questions)} questions to train on"
         )
     longest = max(map(len, encode(tokenizer, [ask(item.question) for item in questions])))
-    at_once = fit_into_memory(args, model, device, longest + args.max_completion_length, MICRO_BATCH)
+    fitting = fit_into_memory(args, model, device, longest + args.max_completion_length, MICRO_BATCH)
+    at_once = min(gathered(fitting))  # processes take a step in equally many parts
     decoding = Decoding(True, args.temperature, args.top_p, args.top_k, args.seed)
     rollouts = Rollouts(
         args.prompts_per_step, args.num_generations, args.max_completion_length, decoding, args.format_reward

@@ -171,7 +171,6 @@ class Scored:
 
     stop_signal = None
     start_is_candidate = False  # whether the model may be kept as it was before training
-    not_improved = "No evaluation was better than that of the untrained model, at step 0, which is no candidate."
     curves: tuple = ()  # what training.png shows above eval_score: (label, names in the log) of each panel
 
     def __init__(self, *, held_out: HeldOut, at_once: int, patience: int | None = None, **settings):
@@ -263,7 +262,8 @@ class Scored:
             log(f"no better {name} in {self.patience} evaluations: stopping")
             self.control.should_training_stop = True
         best = [entry["eval_loss"] for entry in history if entry["step"] == self.state.best_global_step]
-        if metrics[name] == self.state.best_metric and metrics["eval_loss"] < best[0]:
+        equal = self.state.best_global_step and metrics[name] == self.state.best_metric
+        if equal and metrics["eval_loss"] < best[0]:  # the untrained model makes way for a better one alone
             self.state.best_metric = None  # makes way for its equal
         return super()._determine_best_metric(metrics, trial)
 
@@ -464,8 +464,11 @@ def evaluations(trainer):
     return {row["step"]: row for row in trainer.state.log_history if "eval_loss" in row}
 
 
-def improved(trainer):
-    """Whether the checkpoint that is kept beats the model that the training began with."""
+def not_improved(trainer) -> list[str]:
+    """A sentence where the checkpoint that is kept does not beat the model that the training began with, else none."""
     scored, name = evaluations(trainer), trainer.args.metric_for_best_model
-    sign = 1 if trainer.args.greater_is_better else -1
-    return 0 not in scored or sign * scored[trainer.state.best_global_step][name] > sign * scored[0][name]
+    sign, kept = 1 if trainer.args.greater_is_better else -1, trainer.state.best_global_step
+    if 0 not in scored or sign * scored[kept][name] > sign * scored[0][name]:
+        return []
+    untrained = "which is kept as it was" if kept == 0 else "which is no candidate"
+    return [f"No evaluation was better than that of the untrained model, at step 0, {untrained}."]

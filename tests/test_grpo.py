@@ -257,7 +257,14 @@ def test_two_processes_learn_from_the_same_completions_as_one(trained, dataset, 
 
 @pytest.mark.parametrize("more", [(), ("--rank", "4", "--merge")])
 def test_a_training_that_only_does_harm_leaves_the_model_as_it_was(more, dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rollouts.GroupTrainer, "count_right", lambda trainer, *_: (7 - trainer.state.global_step, 8))
+    scores, losses = (
+        {0: (7, 8), 2: (7, 8), 4: (6, 8), 6: (5, 8)},
+        {0: 9.0, 2: 8.0, 4: 9.0, 6: 9.0},
+    )  # step 2 is no better
+    monkeypatch.setattr(rollouts.GroupTrainer, "count_right", lambda trainer, *_: scores[trainer.state.global_step])
+    monkeypatch.setattr(
+        rollouts.GroupTrainer, "sum_losses", lambda trainer, *_: (losses[trainer.state.global_step], 1.0)
+    )
     folder = tmp_path / "run"
     interrupt_third_step(monkeypatch, flags(dataset, folder, *more))
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-3"]
@@ -265,7 +272,8 @@ def test_a_training_that_only_does_harm_leaves_the_model_as_it_was(more, dataset
     assert train_grpo.main(flags(dataset, moved, "--resume", *more)) == 0
     told = "No evaluation was better than that of the untrained model, at step 0, which is kept as it was."
     assert told in (moved / "README.md").read_text() and told in capsys.readouterr().out
-    assert read_json(moved / "train.run.json")["result"]["step"] == 0
+    result = read_json(moved / "train.run.json")["result"]
+    assert (result["step"], result["last_step"]) == (0, 6)
     ours, given = load_file(moved / "model.safetensors"), load_file(find_model(MODEL).folder / "model.safetensors")
     assert ours.keys() == given.keys() and all(torch.equal(ours[key], given[key].float()) for key in ours)
 
@@ -293,6 +301,22 @@ def test_a_training_that_diverges_is_one_line(dataset, tmp_path, monkeypatch, ca
         train_grpo.main(flags(dataset, tmp_path / "run"))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "train_grpo.py: error: --learning-rate: the training has diverged after step 1 (" in last
+
+
+def test_a_model_that_is_broken_from_the_start_is_one_line(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rollouts.GroupTrainer, "sum_losses", lambda *_: (float("nan"), 1.0))
+    with pytest.raises(SystemExit, match="2"):
+        train_grpo.main(flags(dataset, tmp_path / "run"))
+    assert "error: eval_loss of the untrained model is not a number" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_processes_with_different_memory_take_a_step_in_as_many_parts(dataset, tmp_path, monkeypatch):
+    records = []
+    monkeypatch.setattr(train_grpo, "train_in_folder", lambda args, record, *_: records.append(record) or 0)
+    monkeypatch.setattr(train_grpo, "gathered", lambda fitting: [fitting, 3])  # what another process has room for
+    assert train_grpo.main(flags(dataset, tmp_path / "run")) == 0
+    assert records[0]["segments"][0]["at_once"] == 3
 
 
 @pytest.mark.parametrize(
