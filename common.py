@@ -485,23 +485,33 @@ class TakesTooLong(Exception):
 
 @contextlib.contextmanager
 def time_limit(seconds: float):
-    """Raise TakesTooLong in this thread after so many seconds, between two steps of Python code; on every system."""
-    thread, lock, ended = threading.get_ident(), threading.Lock(), False
+    """Raise TakesTooLong in this thread after so many seconds, between two steps of Python code; on every system.
+
+    It is raised again after as many seconds more, until the block is left: where it arrives in a destructor or in a callback of
+    the garbage collector, Python prints and ignores it.
+    """
+    thread, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def watch():
+        while not ended.wait(seconds):
+            with lock:
+                if not ended.is_set():
+                    raise_in(thread, ctypes.py_object(TakesTooLong))
 
     def end():
         with lock:
-            if not ended:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TakesTooLong))
+            ended.set()
+            raise_in(thread, None)  # takes back what was not raised yet
 
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, name="time limit", daemon=True).start()
     try:
         yield
     finally:
-        with lock:
-            ended = True
-        timer.cancel()
+        try:
+            end()
+        except TakesTooLong:  # it arrived just now, and the next one is far away
+            end()
 
 
 STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
