@@ -155,7 +155,7 @@ def test_the_list_tells_tokens_and_time_of_every_experiment_before_it_is_run(tmp
     reproduce.main(["list"])
     lines = capsys.readouterr().out.splitlines()
     row = next(line.split() for line in lines if line.startswith("cot_model_outputs"))
-    assert row == ["cot_model_outputs", "published", "-", "1,319", f"{1319 * 176:,}", "0", "3.6", "h"]
+    assert row == ["cot_model_outputs", "published", "-", "1,319", f"{1319 * 176:,}", "0", "27", "min"]
     assert "27 experiments, 11 trainings" in lines[-2] and not list(tmp_path.iterdir())
 
 
