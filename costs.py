@@ -58,10 +58,7 @@ def in_words(seconds):
 
 
 def trainings_of(row):
-    if row.training is None:
-        return []
-    earlier = row.training.begins_with
-    return row.training.best_of or [*([earlier] if earlier else []), row.training]
+    return [] if row.training is None else row.training.best_of or [row.training]
 
 
 def state(row, setup):

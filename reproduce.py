@@ -58,7 +58,6 @@ class Training:
     flags: dict
     script: str = "train.py"
     learns_from: str | None = None  # an experiment on the train split: trained on its right answers, not on references
-    begins_with: "Training | None" = None  # the training whose model it goes on from; None: the model itself
     best_of: tuple = ()  # trainings that differ in their rate: demo/sweep.py takes the best of them for this one
 
 
@@ -408,19 +407,18 @@ def training_steps(training, table, setup):
         before = [step for other in training.best_of for step in training_steps(other, table, setup)]
         command = ("demo/sweep.py", str(setup.trained / "rates"))
         return [*before, Step("best rates", command, tuple(step.name for step in before))]
-    earlier = training.begins_with
     shared = {
         "overwrite": "changed",
-        "model_id": setup.trained / earlier.name if earlier else setup.model,
+        "model_id": setup.model,
         "dataset": setup.dataset,
         "output_dir": setup.trained / training.name,
     }
-    before, learned = training_steps(earlier, table, setup) if earlier else [], {}
+    before, learned = [], {}
     if training.learns_from:
         source = next(row for row in table if row.name == training.learns_from)
         right = setup.answers / f"{source.name}-right.jsonl"
         command = ("benchmark.py", str(setup.answers / f"{source.name}.jsonl"), "--keep-correct", str(right))
-        before += [*experiment_steps(source, table, setup), Step(right.stem, command, (source.name,))]
+        before = [*experiment_steps(source, table, setup), Step(right.stem, command, (source.name,))]
         learned = {"completions": right}
     sizes = setup.sizes.training | given(dtype=setup.dtype)
     flags = shared | sizes | training.flags | learned | given(max_steps=setup.max_steps)
