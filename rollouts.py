@@ -158,7 +158,8 @@ class GroupTrainer(Scored, GRPOTrainer):
         if self._step % parts == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
             count = len(batch["advantages"])
-            if not self.beta:  # What teaches nothing is left out. All processes keep as many, for TRL gathers their statistics.
+            if not self.beta:
+                # What teaches nothing is left out. TRL gathers statistics of what is kept, so all processes keep as many.
                 count = max(parts, *gathered(int((batch["advantages"] != 0).sum())))
             self._buffered_inputs = split_by_length(batch, parts, count)
             if self.loss_type != "dapo":  # TRL averages over the completions of a part, then over the parts
