@@ -487,8 +487,8 @@ class TakesTooLong(Exception):
 def time_limit(seconds: float):
     """Raise TakesTooLong in this thread after so many seconds, between two steps of Python code; on every system.
 
-    It is raised again after as many seconds more, until the block is left: where it arrives in a destructor or in a callback of
-    the garbage collector, Python prints and ignores it.
+    It is raised again every so many seconds until the block is left. Python ignores an exception that arrives in a
+    destructor or in a callback of the garbage collector.
     """
     thread, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc

@@ -346,7 +346,10 @@ class Scheduler:
 
 
 def distinct_rows(sequences: list[Sequence], prefix: int, most: int) -> tuple[list[list[int]], list[int]]:
-    """Of as many of the first sequences as have at most `most` different tokens after the prefix: those, and each one's row."""
+    """(rows, row of each sequence) for the first sequences, as many as `most` rows can hold.
+
+    A row is the tokens after the prefix. Sequences with the same tokens share one.
+    """
     rows, row_of = {}, []
     for one in sequences:
         own = (*one.request.prompt_ids[prefix:], *one.tokens)

@@ -263,7 +263,7 @@ class Scored:
             self.control.should_training_stop = True
         best = [entry["eval_loss"] for entry in history if entry["step"] == self.state.best_global_step]
         equal = self.state.best_global_step and metrics[name] == self.state.best_metric
-        if equal and metrics["eval_loss"] < best[0]:  # the untrained model makes way for a better one alone
+        if equal and metrics["eval_loss"] < best[0]:  # the untrained model makes way only for a better score
             self.state.best_metric = None  # makes way for its equal
         return super()._determine_best_metric(metrics, trial)
 
