@@ -6,16 +6,18 @@ values and is the model's attention. sampling.choose_tokens picks the next token
 graphs.CapturedSteps replays decode steps.
 
 Where memory is. Sequences of similar length form a cohort, which has one pair of buffers for each layer:
-keys and values, (slots, kv_heads, columns, head_dim). A sequence has a slot, a token has a column.
-Sequences are aligned right: the newest token of every sequence stands in the same column, so that one
-assignment stores a step for all. The beginning that all prompts share is computed once and kept apart.
+keys and values, (slots, kv_heads, columns, head_dim). A token has a column. Sequences whose tokens are the
+same so far, such as the samples of a question, are a branch, and a branch has one slot: what they have in
+common is computed once. Sequences are aligned right: the newest token of every sequence stands in the same
+column, so that one assignment stores a step for all. The beginning that all prompts share is computed once and kept apart.
 Every sequence attends to it, none holds a copy.
 
 How a step goes (Engine.run):
 1. Prefill. Where slots and memory are free, waiting prompts are read and become a new cohort.
 2. Otherwise decode. All cohorts take one step in one forward pass, and attend one after the other.
 3. Choose. Each sequence gets its next token.
-4. Free. A sequence that ends leaves its slot at once; the last sequence of the cohort moves into it.
+4. Settle. A branch whose sequences were given different tokens becomes several, each with a slot of its own.
+   A slot whose sequences have ended is free at once; the last branch of the cohort moves into it.
 
 A cohort without a free column is copied into new buffers, without the columns that no sequence uses any
 more. Where there are too many cohorts, two are merged. Sequences that memory cannot hold are preempted:
@@ -25,6 +27,7 @@ they wait again, keep their tokens, and are prefilled anew.
 import contextlib
 import functools
 import inspect
+import itertools
 import math
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -266,25 +269,25 @@ class Sequence:
 
 @dataclass(eq=False)
 class Cohort:
-    """Sequences in slots 0, 1, … of the same buffers, the newest stored token of each in column `width - 1`."""
+    """Branches in slots 0, 1, … of the same buffers, the newest stored token of each in column `width - 1`."""
 
-    sequences: list[Sequence]
-    slots: int
+    branches: list[list[Sequence]]  # each of sequences with the same tokens
+    slots: int  # as many as there may be branches: one for each sequence
     columns: int
     width: int
     buffers: dict = field(default_factory=dict)  # layer → [keys, values], each (slots, kv_heads, columns, head_dim)
 
+    @property
+    def sequences(self) -> list[Sequence]:
+        return list(itertools.chain.from_iterable(self.branches))
+
 
 class Span(NamedTuple):
-    """A forward pass's batch rows `rows` stand in these slots of the cohort. Without a cohort they are the prefix.
-
-    row_of: where sequences share a row, the row of each slot, int64 (slots,).
-    """
+    """A forward pass's batch rows `rows` stand in these slots of the cohort. Without a cohort they are the prefix."""
 
     cohort: Cohort | None
     slots: slice
     rows: slice
-    row_of: torch.Tensor | None = None
 
 
 class Scheduler:
@@ -345,18 +348,15 @@ class Scheduler:
         return [self.waiting.pop() for _ in range(max(similar, min(count, self.limits.small_cohort)))]
 
 
-def distinct_rows(sequences: list[Sequence], prefix: int, most: int) -> tuple[list[list[int]], list[int]]:
-    """(rows, row of each sequence) for the first sequences, as many as `most` rows can hold.
-
-    A row is the tokens after the prefix. Sequences with the same tokens share one.
-    """
-    rows, row_of = {}, []
+def first_branches(sequences: list[Sequence], prefix: int, most: int) -> dict[tuple, list[Sequence]]:
+    """The branches of the first sequences, `most` of them, by their tokens after the prefix."""
+    branches = {}
     for one in sequences:
         own = (*one.request.prompt_ids[prefix:], *one.tokens)
-        if own not in rows and len(rows) == most:
+        if own not in branches and len(branches) == most:
             break
-        row_of.append(rows.setdefault(own, len(rows)))
-    return [[*own] for own in rows], row_of
+        branches.setdefault(own, []).append(one)
+    return branches
 
 
 # ------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ class Engine:
                 if self.scheduler.max_sequences == 1 or not is_out_of_memory(error):
                     raise
                 self.restart_with_half()
-            self.free([cohort for cohort in self.cohorts if not cohort.sequences])
+            self.free([cohort for cohort in self.cohorts if not cohort.branches])
             ended, self.ended = self.ended, []
             yield from ended
 
@@ -440,10 +440,7 @@ class Engine:
             )
 
     def prefill(self) -> bool:
-        """Prefill waiting sequences of similar length, in chunks; return False if none fit.
-
-        Sequences of the same tokens, such as the samples of a question, are read once.
-        """
+        """Prefill waiting sequences of similar length, in chunks; return False if none fit."""
         if len(self.cohorts) >= self.limits.max_cohorts and self.scheduler.num_to_admit(self.cohorts):
             self.merge()
         count = self.scheduler.num_to_admit(self.cohorts)
@@ -455,16 +452,17 @@ class Engine:
         while sequences:
             new = own_columns(sequences[0])
             most = min(self.limits.max_prefill_tokens // new, self.limits.max_prefill_scores // (new * (prefix + new)))
-            rows, row_of = distinct_rows(sequences, prefix, max(1, most))
-            chunk, sequences = sequences[: len(row_of)], sequences[len(row_of) :]
-            slots, row_of = slice(len(cohort.sequences), len(cohort.sequences) + len(chunk)), self.tensor(row_of)
-            span = Span(cohort, slots, slice(len(rows)), row_of if len(rows) < len(chunk) else None)
-            cohort.sequences += chunk
+            chunk = first_branches(sequences, prefix, max(1, most))
+            rows, branches = [[*own] for own in chunk], [*chunk.values()]
+            sequences = sequences[sum(map(len, branches)) :]
+            slots = slice(len(cohort.branches), len(cohort.branches) + len(branches))
+            cohort.branches += branches
             ids = self.tensor([[0] * (new - len(own)) + own for own in rows])  # padded left
             ends = self.tensor([prefix + len(own) for own in rows])
             positions = ends[:, None] + torch.arange(-new, 0, device=ends.device)
+            span = Span(cohort, slots, slice(len(rows)))
             logits = self.forward([span], ids, positions, [cohort.width - 1], over_buffers=False)
-            self.append_tokens(chunk, logits if span.row_of is None else logits[row_of])
+            self.append_tokens(branches, logits)
         return True
 
     def decode(self):
@@ -474,12 +472,12 @@ class Engine:
         rows, spans, live = [], [], []
         for cohort in self.cohorts:
             cohort.width += 1
-            own = cohort.sequences
+            own = cohort.branches
             count = min(cohort.slots, -(-len(own) // multiple) * multiple)
             spans.append(Span(cohort, slice(count), slice(len(rows), len(rows) + count)))
             live += range(len(rows), len(rows) + len(own))
             rows += own + own[-1:] * (count - len(own))  # the last once more, in slots that nobody reads
-        inputs = self.tensor([[one.tokens[-1] for one in rows], [len(one) - 1 for one in rows]])
+        inputs = self.tensor([[one.tokens[-1] for one, *_ in rows], [len(one) - 1 for one, *_ in rows]])
         step = self.captured or self.decode_pass
         logits = step(spans, inputs, [cohort.width - 1 for cohort in self.cohorts])
         if len(live) < len(rows):
@@ -511,10 +509,11 @@ class Engine:
     def tensor(self, numbers: list) -> torch.Tensor:
         return torch.tensor(numbers, device=self.model.device)
 
-    def append_tokens(self, sequences: list[Sequence], logits: torch.Tensor):
-        """Append the chosen token to each sequence; those that end with it leave."""
+    def append_tokens(self, branches: list[list[Sequence]], logits: torch.Tensor):
+        """Append the chosen token to each sequence; those that end with it leave. logits: (branches, vocabulary)."""
+        sequences = [*itertools.chain.from_iterable(branches)]
         ended = set()
-        for sequence, token in zip(sequences, choose_tokens(logits, sequences, self.decoding), strict=True):
+        for sequence, token in zip(sequences, choose_tokens(logits, branches, self.decoding), strict=True):
             request, tokens = sequence.request, sequence.tokens
             if request.budget:
                 forced = request.budget.forced(tokens)
@@ -526,18 +525,32 @@ class Engine:
         self.open -= ended
         self.scheduler.produced += len(sequences)
         self.scheduler.finished += len(ended)
-        for cohort in self.cohorts if ended else ():
-            self.free_slots(cohort, ended)
+        for cohort in self.cohorts if ended or len(branches) < len(sequences) else ():
+            self.settle(cohort, ended)
 
-    def free_slots(self, cohort: Cohort, leaving: set[Sequence]):
-        """Remove sequences from a cohort; those in its last slots move into the freed ones."""
-        keep = [slot for slot, one in enumerate(cohort.sequences) if one not in leaving]
-        holes = [slot for slot, one in enumerate(cohort.sequences[: len(keep)]) if one in leaving]
-        moved = keep[len(keep) - len(holes) :]
-        self.cache.copy_slots(cohort, moved, holes)
-        for source, hole in zip(moved, holes, strict=True):
-            cohort.sequences[hole] = cohort.sequences[source]
-        del cohort.sequences[len(keep) :]
+    def settle(self, cohort: Cohort, leaving: set[Sequence]):
+        """Remove sequences from a cohort, and part those of a branch that were given different newest tokens.
+
+        One part stays in the branch's slot, the others get copies of it. Slots in use stand first: those in
+        the last ones move into the holes.
+        """
+        kept, moved = [], []
+        for slot, branch in enumerate(cohort.branches):
+            parts = {}
+            for one in branch:
+                if one not in leaving:
+                    parts.setdefault(one.tokens[-1], []).append(one)
+            stays, *others = parts.values() or [[]]
+            kept.append(stays)
+            moved += [(slot, part) for part in others]
+        count = len(moved) + sum(map(bool, kept))
+        moved += [(slot, kept[slot]) for slot in range(count, len(kept)) if kept[slot]]
+        kept = kept[:count] + [[]] * (count - len(kept))
+        holes = [slot for slot, branch in enumerate(kept) if not branch]
+        self.cache.copy_slots(cohort, [source for source, _ in moved], holes)
+        for hole, (_, branch) in zip(holes, moved, strict=True):
+            kept[hole] = branch
+        cohort.branches = kept
 
     def make_columns(self):
         """Give new buffers to the cohorts that have no free column, to all in one where few sequences are live."""
@@ -564,7 +577,7 @@ class Engine:
         fitting = max(1, free // self.limits.columns_for(width))
         preempted = sequences[: max(0, len(sequences) - fitting)]
         for cohort in cohorts if preempted else ():
-            self.free_slots(cohort, set(preempted))
+            self.settle(cohort, set(preempted))
         self.cohorts = [*others, self.allocate(cohorts, len(sequences) - len(preempted), width)]
         self.scheduler.enqueue(preempted)
 
@@ -626,13 +639,13 @@ class KVCache:
     def update(self, keys, values, layer, *args, **kwargs):
         """Called by each layer: store the new tokens; keys and values are (batch, kv_heads, new, head_dim)."""
         self.updated = keys, values
-        for (cohort, slots, rows, row_of), newest in zip(self.spans, self.newest, strict=True):
+        for (cohort, slots, rows), newest in zip(self.spans, self.newest, strict=True):
             if cohort is None:
                 self.prefix[layer] = keys[0], values[0]
                 continue
             columns = slice(newest + 1 - keys.shape[2], newest + 1) if isinstance(newest, int) else newest
             for buffer, new in zip(cohort.buffers[layer], (keys, values), strict=True):
-                buffer[slots, :, columns] = new[rows if row_of is None else row_of]
+                buffer[slots, :, columns] = new[rows]
         return keys, values
 
     def attend(
@@ -657,7 +670,7 @@ class KVCache:
             queries = query.transpose(0, 1).reshape(1, kv_heads, batch * folded, head_dim)
             by_head = self.product(queries, prefix_keys[None])[0]
             over_prefix = by_head.view(kv_heads, batch, folded, shared).transpose(0, 1)
-        for number, (cohort, slots, rows, _) in enumerate(self.spans):
+        for number, (cohort, slots, rows) in enumerate(self.spans):
             own = [buffer[slots] for buffer in cohort.buffers[layer]] if self.over_buffers else (keys, values)
             scores = self.product(query[rows], own[0])
             scores = torch.cat([over_prefix[rows], scores], dim=-1) if shared else scores.contiguous()
@@ -681,7 +694,7 @@ class KVCache:
         """
         made = number, sliding_window
         if made not in self.masks:
-            cohort, _, rows, _ = self.spans[number]
+            cohort, _, rows = self.spans[number]
             keys = new = self.positions[rows]
             if self.over_buffers:
                 keys = new[:, -1:] + torch.arange(cohort.columns, device=new.device) - self.newest[number]
@@ -704,17 +717,17 @@ class KVCache:
         return sum(t.shape[0] * t.shape[2] * t.element_size() for pair in self.prefix.values() for t in pair)
 
     def pack(self, cohorts: Collection[Cohort], slots: int, columns: int, width: int) -> Cohort:
-        """A new cohort with the sequences and used columns of others.
+        """A new cohort with the branches and used columns of others.
 
         Each layer's old buffers are freed before the next layer's are copied: little memory is held twice.
         """
-        new = Cohort([one for cohort in cohorts for one in cohort.sequences], slots, columns, width)
+        new = Cohort([branch for cohort in cohorts for branch in cohort.branches], slots, columns, width)
         for layer, pair in self.prefix.items():
             # Zeros and not uninitialized memory: a weight of 0 times a stray NaN would be NaN.
             new.buffers[layer] = [t.new_zeros(slots, t.shape[0], columns, t.shape[2]) for t in pair]
             begin = 0
             for cohort in cohorts:
-                end, used = begin + len(cohort.sequences), min(width, cohort.width)
+                end, used = begin + len(cohort.branches), min(width, cohort.width)
                 for target, source in zip(new.buffers[layer], cohort.buffers.pop(layer), strict=True):
                     kept = source[: end - begin, :, cohort.width - used : cohort.width]
                     target[begin:end, :, width - used : width] = kept

@@ -159,6 +159,7 @@ class GroupTrainer(Scored, GRPOTrainer):
             batch = self._generate_and_score_completions(generation_batch)
             count = len(batch["advantages"])
             if not self.beta:
+                batch["advantages"] = advantages_of_first(batch)
                 # What teaches nothing is left out. TRL gathers statistics of what is kept, so all processes keep as many.
                 count = max(parts, *gathered(int((batch["advantages"] != 0).sum())))
             self._buffered_inputs = split_by_length(batch, parts, count)
@@ -332,6 +333,19 @@ def completion_logits(model, ids: torch.Tensor, mask: torch.Tensor, kept: int) -
     logits = model(input_ids=moved, use_cache=False, logits_to_keep=moved.shape[1] - first).logits
     places = (prompts[:, None] - 1 - first + torch.arange(kept, device=ids.device)).clamp(max=logits.shape[1] - 1)
     return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), ids[:, -kept:]
+
+
+def advantages_of_first(batch: dict) -> torch.Tensor:
+    """The advantages of a step, (completions,), where equal completions of a prompt go through the model once.
+
+    The first has the sum of theirs and the others 0. The gradient stays what it was, for the loss is linear in the
+    advantage. batch: see `split_by_length`.
+    """
+    columns = [batch[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask")]
+    _, number = torch.cat(columns, dim=1).unique(dim=0, return_inverse=True)
+    sums = torch.zeros_like(batch["advantages"]).index_add_(0, number, batch["advantages"])
+    earlier = (number[:, None] == number).tril(diagonal=-1).any(dim=1)
+    return sums[number].masked_fill(earlier, 0)
 
 
 def split_by_length(batch: dict, parts: int, count: int) -> list[dict]:

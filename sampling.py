@@ -10,28 +10,37 @@ from common import Decoding, UserError
 SAMPLED_LOGITS = 2**26  # at once: ranking and noise take some 50 bytes for each
 
 
-def choose_tokens(logits: torch.Tensor, sequences: list, decoding: Decoding) -> list[int]:
-    """The next token of each generation.Sequence from logits (batch, vocabulary); the lowest id among equals.
+def choose_tokens(logits: torch.Tensor, branches: list[list], decoding: Decoding) -> list[int]:
+    """The next token of each generation.Sequence, branch after branch, from logits (branches, vocabulary).
 
-    Raises UserError where a logit is NaN. Draws need fp64: without it on the device they are made on the CPU.
+    Of equal logits the lowest id is taken. Raises UserError where a logit is NaN. Draws need fp64: without it
+    on the device they are made on the CPU.
     """
     with torch.inference_mode():
         values, indices = highest_logits(logits)
         if values.isnan().any():
-            sequence = sequences[values.isnan().int().argmax()]
+            sequence = branches[values.isnan().int().argmax()][0]
             raise UserError(
                 f"question {sequence.request.id}: the model's logits are not numbers (NaN) after {len(sequence.tokens)} "
                 "tokens; its weights are damaged or overflow: try --dtype fp32"
             )
         if not decoding.do_sample:
-            return indices.tolist()
+            return [token for token, branch in zip(indices.tolist(), branches, strict=True) for _ in branch]
         if not has_fp64(logits.device):
             logits = logits.cpu()
-        names = [(one.request.id, one.request.sample, len(one.tokens)) for one in sequences]
-        counters = torch.tensor([*zip(*names, strict=True)], device=logits.device).T
+        names = [
+            (row, one.request.id, one.request.sample, len(one.tokens))
+            for row, branch in enumerate(branches)
+            for one in branch
+        ]
+        named = torch.tensor([*zip(*names, strict=True)], device=logits.device).T
         some = max(1, SAMPLED_LOGITS // logits.shape[1])
-        pieces = zip(logits.split(some), counters.split(some), strict=True)
-        return torch.cat([sample_tokens(*piece, decoding) for piece in pieces]).tolist()
+        drawn = []
+        for piece in (slice(start, start + some) for start in range(0, len(names), some)):
+            first, last = names[piece][0][0], names[piece][-1][0]
+            row_of, counters = named[piece, 0] - first, named[piece, 1:]
+            drawn.append(sample_tokens(logits[first : last + 1], row_of, counters, decoding))
+        return torch.cat(drawn).tolist()
 
 
 def highest_logits(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,12 +71,14 @@ def has_fp64(device: torch.device) -> bool:
         return False
 
 
-def sample_tokens(logits: torch.Tensor, counters: torch.Tensor, decoding: Decoding) -> torch.Tensor:
-    """Draw one token for each row, (batch,), from logits (batch, vocabulary) and counters (batch, 3).
+def sample_tokens(
+    logits: torch.Tensor, row_of: torch.Tensor, counters: torch.Tensor, decoding: Decoding
+) -> torch.Tensor:
+    """Draw a token for each of (draws, 3) counters from its row of logits (rows, vocabulary); returns (draws,).
 
-    Temperature, top-k and top-p as transformers applies them, in this order. Of equal logits the
-    lower token id ranks first (bf16 logits tie often). Among the kept tokens the largest sum of
-    log-probability and Gumbel noise wins, which draws from their softmax (Gumbel-max). The noise
+    row_of: the row of each draw, (draws,). Temperature, top-k and top-p as transformers applies them, in this
+    order. Of equal logits the lower token id ranks first (bf16 logits tie often). Among the kept tokens the
+    largest sum of log-probability and Gumbel noise wins, which draws from their softmax (Gumbel-max). The noise
     is a hash of (seed, question id, sample, step, token id), so that a draw depends on nothing else.
     """
     scores = logits.float() + 0.0  # -0.0 becomes 0.0, so that equal numbers have equal bits
@@ -82,6 +93,7 @@ def sample_tokens(logits: torch.Tensor, counters: torch.Tensor, decoding: Decodi
         dropped = probabilities.cumsum(dim=-1) - probabilities >= decoding.top_p
         most = tokens.shape[-1] - int(dropped.sum(dim=-1).min())
         tokens, scaled = tokens[:, :most], scaled.masked_fill(dropped, -math.inf)[:, :most]
+    tokens, scaled = tokens[row_of], scaled[row_of]
     seed = torch.tensor(decoding.seed, device=logits.device)
     random_bits = counter_hash(seed, *counters[:, :, None].unbind(dim=1), tokens)
     # 52 bits and a half: exact in fp64, never 0 and never 1.

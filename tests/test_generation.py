@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import random
 
 import pytest
@@ -343,23 +344,45 @@ def demo_requests(mode, tokenizer, count, samples=1, most=300):
     return [Request(i, sample, ids[i], most) for i in range(count) for sample in range(samples)]
 
 
-def test_samples_of_a_question_read_its_prompt_once(tokenizer, monkeypatch):
+def test_what_samples_of_a_question_have_in_common_is_computed_once(tokenizer, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=torch.float32)
-    requests = demo_requests("thinking", tokenizer, 5, samples=4, most=24)
-    decoding, read = Decoding(True, 1.0, seed=1), []
+    requests = demo_requests("thinking", tokenizer, 5, samples=6, most=60)
+    decoding, read, decoded = Decoding(True, 0.8, seed=1), [], []
     expected = tokens_of(model, tokenizer, requests, decoding=decoding, batch_size=1)
     forward = generation.Engine.forward
 
     def counted(engine, spans, ids, *rest, **more):
-        if not more["over_buffers"] and spans[0].cohort:
-            read.append(len(ids))
+        (decoded if more["over_buffers"] else read).append(len(ids))
         return forward(engine, spans, ids, *rest, **more)
 
     monkeypatch.setattr(generation.Engine, "forward", counted)
     assert tokens_of(model, tokenizer, requests, decoding=decoding) == expected
-    assert sum(read) == 5
+    assert sum(read) == 1 + 5  # the beginning that all prompts share, and the rest of each
+    begun = {(i, tuple(tokens[:end])) for (i, _), tokens in expected.items() for end in range(1, len(tokens))}
+    assert sum(decoded) == len(begun) < sum(map(len, expected.values())) * 3 / 4
     few = Limits(max_prefill_tokens=1, max_sequences=7)  # one prompt at a time, and samples of one in different cohorts
     assert tokens_of(model, tokenizer, requests, decoding=decoding, limits=few) == expected
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_samples_part_in_cohorts_that_grow_merge_and_give_way(captured, tokenizer, monkeypatch, request):
+    monkeypatch.setattr(generation, "Engine", Counted)
+    Counted.merged = Counted.packed = Counted.preempted = 0
+    if captured:
+        request.getfixturevalue("recorded")
+    model, decoding = random_model("Mistral", sliding_window=50), Decoding(True, 0.1, 1.0, 0, seed=3)
+    requests = [
+        dataclasses.replace(one, sample=sample, max_new_tokens=10 + (19 * one.id + 7 * sample) % 90)
+        for one in random_requests(12, beginning=9)
+        for sample in range(4)
+    ]
+    expected = tokens_of(model, tokenizer, requests, decoding=decoding, batch_size=1)
+    limits = Limits(spare_columns=3, max_cohorts=3, small_cohort=1, similar_length=0.9, answer_share=0,
+                    kv_cache_bytes=12 * 100 * COLUMN_BYTES, captured_slots=4 if captured else 1)  # fmt: skip
+    assert tokens_of(model, tokenizer, requests, decoding=decoding, limits=limits) == expected
+    together = [os.path.commonprefix([expected[i, 0], expected[i, 1]]) for i in range(12)]
+    assert sum(map(len, together)) > 24 and any(expected[i, 0] != expected[i, 1] for i in range(12))
+    assert Counted.merged > 3 and Counted.packed > 10 and Counted.preempted
 
 
 def test_sampled_text_is_a_function_of_seed_question_sample_and_step(tokenizer):
@@ -382,9 +405,8 @@ def test_draws_follow_the_softmax_that_transformers_filters(temperature, top_k, 
     logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
     draws = 20_000
     counters = torch.stack([torch.arange(draws) // 100, torch.arange(draws) % 10, torch.arange(draws)], dim=1)
-    drawn = sample_tokens(
-        logits.expand(draws, -1), counters, Decoding(True, temperature, top_p, top_k, seed=11)
-    ).bincount(minlength=40)
+    row_of, decoding = torch.zeros(draws, dtype=torch.int64), Decoding(True, temperature, top_p, top_k, seed=11)
+    drawn = sample_tokens(logits[None], row_of, counters, decoding).bincount(minlength=40)
     filtered = transformers.TemperatureLogitsWarper(temperature)(None, logits[None])
     if top_k:
         filtered = transformers.TopKLogitsWarper(top_k)(None, filtered)
@@ -432,10 +454,10 @@ def test_the_highest_logit_is_found_in_vocabularies_of_every_size(vocabulary, dt
 def test_of_equal_logits_the_lower_token_id_ranks_first():
     logits = torch.tensor([[1.0, 3.0, 3.0, -0.0, 0.0, 3.0]]).expand(500, -1)
     counters = torch.arange(500)[:, None].expand(-1, 3)
-    drawn = sample_tokens(logits, counters, Decoding(True, 1.0, 1.0, top_k=2))
+    drawn = sample_tokens(logits, torch.arange(500), counters, Decoding(True, 1.0, 1.0, top_k=2))
     assert set(drawn.tolist()) == {1, 2}
     tied = torch.full((1, 300), 2.0, dtype=torch.bfloat16)
-    assert choose_tokens(tied, [None], Decoding()) == [0]
+    assert choose_tokens(tied, [[None, None]], Decoding()) == [0, 0]
 
 
 class WithoutFp64(torch.Tensor):
@@ -465,11 +487,11 @@ class WithoutFp64(torch.Tensor):
 @pytest.mark.parametrize("decoding", [Decoding(), Decoding(True, 0.6, 0.95, 20, seed=5), Decoding(True, 1.0, 1.0, 0)])
 def test_a_device_without_fp64_draws_what_a_cpu_draws(decoding):
     logits = torch.randn(50, 97, generator=torch.Generator().manual_seed(2)) * 3
-    sequences = [Sequence(Request(i, i % 3, [1], 9), [4] * (i % 7)) for i in range(50)]
+    branches = [[Sequence(Request(i, k, [1], 9), [4] * (i % 7)) for k in range(1 + i % 3)] for i in range(50)]
     with pytest.raises(TypeError, match="float64"):
         WithoutFp64(logits).double()
     assert has_fp64(torch.device("cpu")) and not has_fp64(torch.device("mps"))
-    assert choose_tokens(WithoutFp64(logits), sequences, decoding) == choose_tokens(logits, sequences, decoding)
+    assert choose_tokens(WithoutFp64(logits), branches, decoding) == choose_tokens(logits, branches, decoding)
 
 
 def fake_bmm(a, b, out_dtype=None, wrong=0):
@@ -576,7 +598,7 @@ def test_the_scheduler_admits_what_memory_holds_with_half_of_an_answer_each():
 
 
 def test_the_scheduler_lets_few_join_only_where_no_sequence_is_live():
-    live = Cohort([Sequence(Request(100 + i, 0, [0] * 36, 80), []) for i in range(76)], 76, 40, 36)
+    live = Cohort([[Sequence(Request(100 + i, 0, [0] * 36, 80), [])] for i in range(76)], 76, 40, 36)
     assert waiting(*[36] * 90, max_sequences=80).num_to_admit([live]) == 0
     assert waiting(*[36] * 90, max_sequences=90).num_to_admit([live]) == 14
     assert waiting(*[36] * 4, max_sequences=4).num_to_admit([]) == 4
@@ -674,17 +696,18 @@ def test_every_tensor_is_made_on_the_models_device(captured_slots, recorded, tok
     model.generation_config.eos_token_id = None
     requests, draw = random_requests(12), random.Random(1)
 
-    def chosen(logits, rows, decoding):
+    def chosen(logits, branches, decoding):
         assert logits.device.type == "meta"
-        return [draw.randrange(2, 9) for _ in rows]
+        return [draw.randrange(2, 9) for branch in branches for _ in branch]
 
     monkeypatch.setattr(generation, "choose_tokens", chosen)
     monkeypatch.setattr(torch, "allclose", lambda *logits, **tolerances: True)  # they hold no numbers there
     notes, limits = [], Limits(kv_cache_bytes=2**21, captured_slots=captured_slots)
     assert len(tokens_of(model, tokenizer, requests, limits=limits, note=notes.append)) == 12
     assert len(notes) == 1 and (captured_slots == 1 or recorded.replays > 50)
-    counters = torch.zeros(5, 3, dtype=torch.int64, device="meta")
-    assert sample_tokens(torch.zeros(5, 99, device="meta"), counters, Decoding(True)).device.type == "meta"
+    named = torch.zeros(5, 4, dtype=torch.int64, device="meta")
+    drawn = sample_tokens(torch.zeros(3, 99, device="meta"), named[:, 0], named[:, 1:], Decoding(True))
+    assert drawn.device.type == "meta"
 
 
 def test_it_answers_under_autocast(tokenizer):

@@ -180,9 +180,15 @@ def test_the_way_of_a_cpu_gives_the_log_probabilities_and_entropies_of_trl(sampl
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "grpo"])
-def test_completions_that_teach_nothing_are_left_out_and_the_gradient_is_that_of_all(sampled, loss_type):
+def test_completions_that_teach_nothing_or_were_there_before_are_left_out_and_the_gradient_is_that_of_all(
+    sampled, loss_type
+):
     trainer, batch = sampled
     trainer.loss_type = loss_type
+    for name in ("completion_ids", "completion_mask"):
+        batch[name][6] = batch[name][4]  # equal completions of a question
+    batch["advantages"] = torch.tensor([0.0] * 4 + [1.0, -1.5, 1.0, -0.5])
+    batch["num_items_in_batch"] = batch["completion_mask"].sum()
 
     def gradient(parts):
         trainer.model.zero_grad()
@@ -198,7 +204,7 @@ def test_completions_that_teach_nothing_are_left_out_and_the_gradient_is_that_of
     trainer._step, trainer._buffered_inputs = 0, None
     first = trainer._prepare_inputs([None] * len(batch["advantages"]))
     parts = trainer._buffered_inputs
-    assert first is parts[0] and [len(part["advantages"]) for part in parts] == [2, 2]
+    assert first is parts[0] and [len(part["advantages"]) for part in parts] == [2, 1]
     assert (gradient(parts) - whole).norm() < 1e-4 * whole.norm()
 
 
