@@ -6,18 +6,18 @@ values and is the model's attention. sampling.choose_tokens picks the next token
 graphs.CapturedSteps replays decode steps.
 
 Where memory is. Sequences of similar length form a cohort, which has one pair of buffers for each layer:
-keys and values, (slots, kv_heads, columns, head_dim). A token has a column. Sequences whose tokens are the
-same so far, such as the samples of a question, are a branch, and a branch has one slot: what they have in
-common is computed once. Sequences are aligned right: the newest token of every sequence stands in the same
-column, so that one assignment stores a step for all. The beginning that all prompts share is computed once and kept apart.
-Every sequence attends to it, none holds a copy.
+keys and values, (slots, kv_heads, columns, head_dim). A token has a column. Sequences that were read together,
+and whose tokens are the same so far, are a branch, such as the samples of a question at first. A branch has one
+slot: what its sequences have in common is computed once. Sequences are aligned right: the newest token of every
+sequence stands in the same column, so that one assignment stores a step for all. The beginning that all prompts
+share is computed once and kept apart. Every sequence attends to it, none holds a copy.
 
 How a step goes (Engine.run):
 1. Prefill. Where slots and memory are free, waiting prompts are read and become a new cohort.
 2. Otherwise decode. All cohorts take one step in one forward pass, and attend one after the other.
 3. Choose. Each sequence gets its next token.
 4. Settle. A branch whose sequences were given different tokens becomes several, each with a slot of its own.
-   A slot whose sequences have ended is free at once; the last branch of the cohort moves into it.
+   A slot whose sequences have ended is free at once, and the last branch of the cohort moves into it.
 
 A cohort without a free column is copied into new buffers, without the columns that no sequence uses any
 more. Where there are too many cohorts, two are merged. Sequences that memory cannot hold are preempted:
@@ -349,7 +349,7 @@ class Scheduler:
 
 
 def first_branches(sequences: list[Sequence], prefix: int, most: int) -> dict[tuple, list[Sequence]]:
-    """The branches of the first sequences, `most` of them, by their tokens after the prefix."""
+    """The sequences at the front in at most `most` branches: their tokens after the prefix, and who has them."""
     branches = {}
     for one in sequences:
         own = (*one.request.prompt_ids[prefix:], *one.tokens)
@@ -472,17 +472,16 @@ class Engine:
         rows, spans, live = [], [], []
         for cohort in self.cohorts:
             cohort.width += 1
-            own = cohort.branches
+            own = [branch[0] for branch in cohort.branches]  # which stands for all of its branch
             count = min(cohort.slots, -(-len(own) // multiple) * multiple)
             spans.append(Span(cohort, slice(count), slice(len(rows), len(rows) + count)))
             live += range(len(rows), len(rows) + len(own))
             rows += own + own[-1:] * (count - len(own))  # the last once more, in slots that nobody reads
-        inputs = self.tensor([[one.tokens[-1] for one, *_ in rows], [len(one) - 1 for one, *_ in rows]])
+        inputs = self.tensor([[one.tokens[-1] for one in rows], [len(one) - 1 for one in rows]])
         step = self.captured or self.decode_pass
         logits = step(spans, inputs, [cohort.width - 1 for cohort in self.cohorts])
-        if len(live) < len(rows):
-            rows, logits = [rows[i] for i in live], logits[live]
-        self.append_tokens(rows, logits)
+        branches = [branch for cohort in self.cohorts for branch in cohort.branches]
+        self.append_tokens(branches, logits if len(live) == len(rows) else logits[live])
 
     def decode_pass(self, spans: list[Span], inputs: torch.Tensor, newest) -> torch.Tensor:
         """Logits (batch, vocabulary) of a decode step; inputs (2, batch): tokens and positions."""
@@ -529,20 +528,23 @@ class Engine:
             self.settle(cohort, ended)
 
     def settle(self, cohort: Cohort, leaving: set[Sequence]):
-        """Remove sequences from a cohort, and part those of a branch that were given different newest tokens.
+        """Remove sequences from a cohort, and divide the branches whose sequences were given different newest tokens.
 
-        One part stays in the branch's slot, the others get copies of it. Slots in use stand first: those in
-        the last ones move into the holes.
+        The first branch that comes of one stays in its slot, and the others get copies of what is there. A slot
+        without a branch is a hole. New branches, and those of the last slots, move into the holes.
         """
         kept, moved = [], []
         for slot, branch in enumerate(cohort.branches):
-            parts = {}
+            if len(branch) == 1:
+                kept.append([] if branch[0] in leaving else branch)
+                continue
+            by_token = {}
             for one in branch:
                 if one not in leaving:
-                    parts.setdefault(one.tokens[-1], []).append(one)
-            stays, *others = parts.values() or [[]]
+                    by_token.setdefault(one.tokens[-1], []).append(one)
+            stays, *others = by_token.values() or [[]]
             kept.append(stays)
-            moved += [(slot, part) for part in others]
+            moved += [(slot, new) for new in others]
         count = len(moved) + sum(map(bool, kept))
         moved += [(slot, kept[slot]) for slot in range(count, len(kept)) if kept[slot]]
         kept = kept[:count] + [[]] * (count - len(kept))

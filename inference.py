@@ -126,7 +126,7 @@ def main(argv=None):
                 counted = f"{run.output}: {there} answers are there, {len(missing)} to go"
                 log(counted if there else f"writing {run.output}")
                 model = load()
-                share = own_share(missing, args.num_samples)
+                share = own_share(missing, len(prompts), args.num_samples)
                 requests, too_long = build_requests(run, prompts, share, tokenizer, model, args.model_id, closing)
                 settled, requests = build_on(made, requests)
                 choices = output.record["segments"][-1].setdefault("choices", []) if is_main() else []
@@ -482,9 +482,13 @@ def list_missing(questions: int, num_samples: int, output: RunOutput) -> list[tu
     return [pair for pair in pairs if pair not in output.answers.places]
 
 
-def own_share(missing, num_samples):
-    """What of the missing pairs is this process's: by number, so that all agree whatever each has read."""
-    return [(i, sample) for i, sample in missing if (i * num_samples + sample) % processes() == rank()]
+def own_share(missing, questions: int, num_samples: int):
+    """What of the missing pairs is this process's: by number, so that all agree whatever each has read.
+
+    The samples of a question stay together, for they begin alike. Few questions could not be shared out evenly.
+    """
+    few = questions < 8 * processes()
+    return [(i, sample) for i, sample in missing if (i * num_samples + sample if few else i) % processes() == rank()]
 
 
 def build_requests(run: Run, prompts: Sequence[str], wanted, tokenizer, model, model_id: str, closing: Callable | None):

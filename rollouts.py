@@ -336,10 +336,10 @@ def completion_logits(model, ids: torch.Tensor, mask: torch.Tensor, kept: int) -
 
 
 def advantages_of_first(batch: dict) -> torch.Tensor:
-    """The advantages of a step, (completions,), where equal completions of a prompt go through the model once.
+    """Advantages, (completions,), with which equal completions of a prompt need to go through the model only once.
 
-    The first has the sum of theirs and the others 0. The gradient stays what it was, for the loss is linear in the
-    advantage. batch: see `split_by_length`.
+    The first has the sum of theirs and the others 0. The gradient is the same: a step is learned from once, and then
+    the loss is linear in the advantage. batch: see `split_by_length`.
     """
     columns = [batch[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask")]
     _, number = torch.cat(columns, dim=1).unique(dim=0, return_inverse=True)

@@ -28,19 +28,20 @@ def choose_tokens(logits: torch.Tensor, branches: list[list], decoding: Decoding
             return [token for token, branch in zip(indices.tolist(), branches, strict=True) for _ in branch]
         if not has_fp64(logits.device):
             logits = logits.cpu()
-        names = [
+        draws = [
             (row, one.request.id, one.request.sample, len(one.tokens))
             for row, branch in enumerate(branches)
             for one in branch
         ]
-        named = torch.tensor([*zip(*names, strict=True)], device=logits.device).T
+        counters = torch.tensor([*zip(*draws, strict=True)], device=logits.device).T
         some = max(1, SAMPLED_LOGITS // logits.shape[1])
-        drawn = []
-        for piece in (slice(start, start + some) for start in range(0, len(names), some)):
-            first, last = names[piece][0][0], names[piece][-1][0]
-            row_of, counters = named[piece, 0] - first, named[piece, 1:]
-            drawn.append(sample_tokens(logits[first : last + 1], row_of, counters, decoding))
-        return torch.cat(drawn).tolist()
+        tokens = []
+        for start in range(0, len(draws), some):
+            piece = slice(start, start + some)
+            first, last = draws[piece][0][0], draws[piece][-1][0]
+            row_of = counters[piece, 0] - first
+            tokens.append(sample_tokens(logits[first : last + 1], row_of, counters[piece, 1:], decoding))
+        return torch.cat(tokens).tolist()
 
 
 def highest_logits(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,9 +77,11 @@ def sample_tokens(
 ) -> torch.Tensor:
     """Draw a token for each of (draws, 3) counters from its row of logits (rows, vocabulary); returns (draws,).
 
-    row_of: the row of each draw, (draws,). Temperature, top-k and top-p as transformers applies them, in this
-    order. Of equal logits the lower token id ranks first (bf16 logits tie often). Among the kept tokens the
-    largest sum of log-probability and Gumbel noise wins, which draws from their softmax (Gumbel-max). The noise
+    row_of: the row of each draw, (draws,).
+
+    Temperature, top-k and top-p are applied as transformers does, in this order. Of equal logits the
+    lower token id ranks first (bf16 logits tie often). Among the kept tokens the largest sum of
+    log-probability and Gumbel noise wins, which draws from their softmax (Gumbel-max). The noise
     is a hash of (seed, question id, sample, step, token id), so that a draw depends on nothing else.
     """
     scores = logits.float() + 0.0  # -0.0 becomes 0.0, so that equal numbers have equal bits

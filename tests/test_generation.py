@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import data
 import generation
 import linear
+import sampling
 from common import MODES, Decoding, UserError, build_prompt
 from generation import Cohort, Limits, Request, Scheduler, Sequence, generate
 from sampling import choose_tokens, counter_hash, has_fp64, highest_logits, sample_tokens
@@ -344,6 +345,18 @@ def demo_requests(mode, tokenizer, count, samples=1, most=300):
     return [Request(i, sample, ids[i], most) for i in range(count) for sample in range(samples)]
 
 
+def test_draws_are_the_same_however_many_are_made_at_once(monkeypatch):
+    logits = torch.randn(9, 97, generator=torch.Generator().manual_seed(4)) * 3
+    branches = [[Sequence(Request(i, k, [1], 9), [4]) for k in range(1 + i % 4)] for i in range(9)]
+    for decoding in (Decoding(True, 1.0, 0.9, 20, seed=5), Decoding(True, 1.0, 1.0, 0)):
+        expected = choose_tokens(logits, branches, decoding)
+        assert len(expected) == sum(map(len, branches)) and len(set(expected)) > 5
+        for at_once in (1, 2, 5):
+            with monkeypatch.context() as patch:
+                patch.setattr(sampling, "SAMPLED_LOGITS", at_once * 97 + 1)
+                assert choose_tokens(logits, branches, decoding) == expected
+
+
 def test_what_samples_of_a_question_have_in_common_is_computed_once(tokenizer, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=torch.float32)
     requests = demo_requests("thinking", tokenizer, 5, samples=6, most=60)
@@ -383,6 +396,7 @@ def test_samples_part_in_cohorts_that_grow_merge_and_give_way(captured, tokenize
     together = [os.path.commonprefix([expected[i, 0], expected[i, 1]]) for i in range(12)]
     assert sum(map(len, together)) > 24 and any(expected[i, 0] != expected[i, 1] for i in range(12))
     assert Counted.merged > 3 and Counted.packed > 10 and Counted.preempted
+    assert not captured or Recorded.replays > Recorded.graphs > 10
 
 
 def test_sampled_text_is_a_function_of_seed_question_sample_and_step(tokenizer):

@@ -180,14 +180,18 @@ def test_the_way_of_a_cpu_gives_the_log_probabilities_and_entropies_of_trl(sampl
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "grpo"])
-def test_completions_that_teach_nothing_or_were_there_before_are_left_out_and_the_gradient_is_that_of_all(
+def test_completions_that_teach_nothing_or_repeat_another_are_left_out_and_the_gradient_is_that_of_all(
     sampled, loss_type
 ):
     trainer, batch = sampled
     trainer.loss_type = loss_type
     for name in ("completion_ids", "completion_mask"):
-        batch[name][6] = batch[name][4]  # equal completions of a question
-    batch["advantages"] = torch.tensor([0.0] * 4 + [1.0, -1.5, 1.0, -0.5])
+        batch[name][3] = batch[name][4]  # equal, but of two questions
+        batch[name][6] = batch[name][4]  # equal completions of one
+    batch["completion_ids"][7] = batch["completion_ids"][5]
+    batch["completion_mask"][7] = batch["completion_mask"][5]
+    batch["completion_mask"][7, 20:] = 0  # the beginning of another, padded with what that goes on with
+    batch["advantages"] = torch.tensor([0.0] * 3 + [0.7, 1.0, -1.5, 1.0, -0.5])
     batch["num_items_in_batch"] = batch["completion_mask"].sum()
 
     def gradient(parts):
@@ -204,8 +208,18 @@ def test_completions_that_teach_nothing_or_were_there_before_are_left_out_and_th
     trainer._step, trainer._buffered_inputs = 0, None
     first = trainer._prepare_inputs([None] * len(batch["advantages"]))
     parts = trainer._buffered_inputs
-    assert first is parts[0] and [len(part["advantages"]) for part in parts] == [2, 1]
+    assert first is parts[0] and [len(part["advantages"]) for part in parts] == [2, 2]
     assert (gradient(parts) - whole).norm() < 1e-4 * whole.norm()
+
+
+def test_the_divergence_from_the_untrained_model_counts_every_completion(sampled):
+    trainer, batch = sampled
+    trainer.beta, trainer.args.steps_per_generation = 0.1, 2
+    batch["completion_ids"][:], batch["completion_mask"][:] = batch["completion_ids"][0], batch["completion_mask"][0]
+    trainer._generate_and_score_completions = lambda _: batch
+    trainer._step, trainer._buffered_inputs = 0, None
+    trainer._prepare_inputs([None] * 8)
+    assert [len(part["advantages"]) for part in trainer._buffered_inputs] == [4, 4]
 
 
 def test_it_leaves_a_model_a_card_with_the_table_and_curves(trained):
