@@ -127,6 +127,12 @@ class Counted(generation.Engine):
         Counted.preempted += len(self.scheduler.waiting) - waiting
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    monkeypatch.setattr(generation, "Engine", Counted)
+    Counted.merged = Counted.packed = Counted.preempted = 0
+
+
 @functools.cache
 def moving_case():
     model = random_model("Mistral", sliding_window=50)
@@ -135,10 +141,8 @@ def moving_case():
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(captured, tokenizer, monkeypatch, request):
+def test_greedy_does_not_depend_on_how_cohorts_grow_merge_and_give_way(captured, counted, tokenizer, request):
     """Little to spare, few cohorts, and memory for a third of the sequences: everything that moves keys and values happens."""
-    monkeypatch.setattr(generation, "Engine", Counted)
-    Counted.merged = Counted.packed = Counted.preempted = 0
     if captured:
         request.getfixturevalue("recorded")
     limits = Limits(
@@ -378,9 +382,7 @@ def test_what_samples_of_a_question_have_in_common_is_computed_once(tokenizer, m
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_samples_part_in_cohorts_that_grow_merge_and_give_way(captured, tokenizer, monkeypatch, request):
-    monkeypatch.setattr(generation, "Engine", Counted)
-    Counted.merged = Counted.packed = Counted.preempted = 0
+def test_samples_part_in_cohorts_that_grow_merge_and_give_way(captured, counted, tokenizer, request):
     if captured:
         request.getfixturevalue("recorded")
     model, decoding = random_model("Mistral", sliding_window=50), Decoding(True, 0.1, 1.0, 0, seed=3)

@@ -115,3 +115,17 @@ def test_a_process_that_stopped_early_is_told(left_by_three, monkeypatch, capsys
         inference.main([*RUN, "--output", str(left_by_three)])
     missing = 48 - len({(row["id"], row["sample"]) for _, row in common.read_jsonl(f"{left_by_three}.part")})
     assert f"another process has stopped, {missing} answers are missing" in capsys.readouterr().err and missing > 15
+
+
+def test_samples_of_a_question_stay_with_one_process_unless_questions_are_few(monkeypatch):
+    monkeypatch.setattr(inference, "processes", lambda: 2)
+    shares = {}
+    for questions in (3, 40):
+        missing = [(i, sample) for i in range(questions) for sample in range(3)]
+        for rank in (0, 1):
+            monkeypatch.setattr(inference, "rank", lambda rank=rank: rank)
+            shares[questions, rank] = inference.own_share(missing, questions, 3)
+        assert sorted(shares[questions, 0] + shares[questions, 1]) == missing
+    assert [len(shares[3, rank]) for rank in (0, 1)] == [5, 4]
+    assert [len(shares[40, rank]) for rank in (0, 1)] == [60, 60]
+    assert not {i for i, _ in shares[40, 0]} & {i for i, _ in shares[40, 1]}
