@@ -152,7 +152,7 @@ class GroupTrainer(Scored, GRPOTrainer):
         """The next part of the step's completions, which are sampled once a step.
 
         Parts hold completions of similar length, each cut to its own longest: TRL's are as wide as the
-        longest of the step. The gradient of the whole step is the same.
+        longest of the step. Where few completions teach, some parts are empty. The gradient of the whole step is the same.
         """
         parts = self.args.steps_per_generation
         if self._step % parts == 0 or self._buffered_inputs is None:
@@ -161,12 +161,20 @@ class GroupTrainer(Scored, GRPOTrainer):
             if not self.beta:
                 batch["advantages"] = advantages_of_first(batch)
                 # What teaches nothing is left out. TRL gathers statistics of what is kept, so all processes keep as many.
-                count = max(parts, *gathered(int((batch["advantages"] != 0).sum())))
-            self._buffered_inputs = split_by_length(batch, parts, count)
+                count = max(1, *gathered(int((batch["advantages"] != 0).sum())))
+            found = split_by_length(batch, self.args.per_device_train_batch_size, count)
             if self.loss_type != "dapo":  # TRL averages over the completions of a part, then over the parts
-                for part in self._buffered_inputs:
+                for part in found:
                     part["advantages"] = part["advantages"] * (len(part["advantages"]) * parts / len(generation_batch))
+            # The empty ones come first: gradients are exchanged in the last part, which must have some.
+            self._buffered_inputs = [{}] * (parts - len(found)) + found
         return self._buffered_inputs[self._step % parts]
+
+    def _compute_loss(self, model, inputs):
+        """The loss of a part. One without completions has none, and does not go through the model."""
+        if not inputs:
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **more
@@ -348,11 +356,12 @@ def advantages_of_first(batch: dict) -> torch.Tensor:
     return sums[number].masked_fill(earlier, 0)
 
 
-def split_by_length(batch: dict, parts: int, count: int) -> list[dict]:
+def split_by_length(batch: dict, size: int, count: int) -> list[dict]:
     """A step's completions in parts of similar length, the longest first, without columns that only hold padding.
 
     batch: tensors of TRL's, (completions, columns), prompts padded on the left and completions on the right.
-    count: how many completions are kept. Those whose advantage is 0 are left out first, for their gradient is 0 too.
+    size: most completions of a part. count: how many completions are kept. Those whose advantage is 0 are left out
+    first, for their gradient is 0 too.
     """
     lengths = batch["completion_mask"].sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)
@@ -360,7 +369,7 @@ def split_by_length(batch: dict, parts: int, count: int) -> list[dict]:
     kept = torch.cat([order[teaches], order[~teaches]])[:count]
     kept = kept[lengths[kept].argsort(descending=True, stable=True)]
     found = []
-    for chosen in kept.tensor_split(parts):
+    for chosen in kept.tensor_split(math.ceil(len(kept) / size)):
         part = {
             name: value[chosen] if isinstance(value, torch.Tensor) and value.ndim else value
             for name, value in batch.items()

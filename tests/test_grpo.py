@@ -203,23 +203,33 @@ def test_completions_that_teach_nothing_or_repeat_another_are_left_out_and_the_g
 
     trainer.model.train()
     whole = gradient([batch])
-    trainer.args.steps_per_generation = 2
+    trainer.args.steps_per_generation, trainer.args.per_device_train_batch_size = 4, 2
     trainer._generate_and_score_completions = lambda _: batch
     trainer._step, trainer._buffered_inputs = 0, None
     first = trainer._prepare_inputs([None] * len(batch["advantages"]))
     parts = trainer._buffered_inputs
-    assert first is parts[0] and [len(part["advantages"]) for part in parts] == [2, 2]
+    assert first is parts[0] and [len(part.get("advantages", ())) for part in parts] == [0, 0, 2, 2]
     assert (gradient(parts) - whole).norm() < 1e-4 * whole.norm()
 
 
 def test_the_divergence_from_the_untrained_model_counts_every_completion(sampled):
     trainer, batch = sampled
-    trainer.beta, trainer.args.steps_per_generation = 0.1, 2
+    trainer.beta, trainer.args.steps_per_generation, trainer.args.per_device_train_batch_size = 0.1, 2, 4
     batch["completion_ids"][:], batch["completion_mask"][:] = batch["completion_ids"][0], batch["completion_mask"][0]
     trainer._generate_and_score_completions = lambda _: batch
     trainer._step, trainer._buffered_inputs = 0, None
     trainer._prepare_inputs([None] * 8)
     assert [len(part["advantages"]) for part in trainer._buffered_inputs] == [4, 4]
+
+
+def test_a_part_without_completions_adds_nothing_and_does_not_go_through_the_model(sampled):
+    trainer, _ = sampled
+    trainer.model.train()
+    trainer._step, trainer._buffered_inputs = 1, [None, {}]
+    trainer.args.steps_per_generation = trainer.current_gradient_accumulation_steps = 2
+    trainer.model.forward = None
+    assert trainer.training_step(trainer.model, [], None) == 0
+    assert all(weight.grad is None for weight in trainer.model.parameters())
 
 
 def test_it_leaves_a_model_a_card_with_the_table_and_curves(trained):
