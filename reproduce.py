@@ -240,7 +240,7 @@ def rate_training(method, rate):
 GRPO = {"mode": "thinking", "temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_completion_length": 256,
         "prompts_per_step": 32, "learning_rate": 1e-3, "lr_scheduler": "linear", "max_steps": 700, "eval_steps": 100,
         "eval_questions": 300}  # fmt: skip
-# Steps in the processor time of GRPO's, evaluations included; own answers are sampled in that time too.
+# Steps in about the processor time of GRPO's, evaluations included; own answers are sampled in that time too.
 EQUAL_TIME = {"own-answers-as-long": 3000, "references-as-long": 3100}
 
 

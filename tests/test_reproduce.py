@@ -175,7 +175,7 @@ def test_the_list_takes_rates_and_lengths_from_the_records_that_are_there(reprod
 def test_the_list_counts_what_reinforcement_learning_samples(place):
     setup = setup_in(place, sizes=replace(SMALL, demo=True))
     (row,) = reproduce.choose(reproduce.experiments(setup.sizes), ["grpo-seed1"])
-    steps, evaluations, questions = 600, 7, 300  # of reproduce.GRPO, the evaluation before the first step among them
+    steps, evaluations, questions = 700, 8, 300  # of reproduce.GRPO, the evaluation before the first step among them
     completions = steps * 32 * 8
     assert costs.training_tokens(row.training, setup) == completions * costs.EXAMPLE_TOKENS
     answers = completions + evaluations * questions
