@@ -152,7 +152,8 @@ class GroupTrainer(Scored, GRPOTrainer):
         """The next part of the step's completions, which are sampled once a step.
 
         Parts hold completions of similar length, each cut to its own longest: TRL's are as wide as the
-        longest of the step. Where few completions teach, some parts are empty. The gradient of the whole step is the same.
+        longest of the step. Where few completions teach, some parts are empty. The gradient of the whole step
+        is the same.
         """
         parts = self.args.steps_per_generation
         if self._step % parts == 0 or self._buffered_inputs is None:
@@ -166,7 +167,7 @@ class GroupTrainer(Scored, GRPOTrainer):
             if self.loss_type != "dapo":  # TRL averages over the completions of a part, then over the parts
                 for part in found:
                     part["advantages"] = part["advantages"] * (len(part["advantages"]) * parts / len(generation_batch))
-            # The empty ones come first: gradients are exchanged in the last part, which must have some.
+            # Empty parts come first: processes exchange gradients in the last one, so it must not be empty.
             self._buffered_inputs = [{}] * (parts - len(found)) + found
         return self._buffered_inputs[self._step % parts]
 
