@@ -111,11 +111,15 @@ def highest_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
     Of equal scores the lower id comes first.
     """
     size = scores.shape[-1]
-    if count < size:  # all that could be among them, with every token that equals the last
-        least = scores.topk(count).values[:, -1:]
-        scores, tokens = scores.topk(int((scores >= least).sum(dim=-1).max()))
-    else:
-        tokens = torch.arange(size, device=scores.device)
+    tokens = torch.arange(size, device=scores.device)
+    if count < size:
+        highest, tokens = scores.topk(count + 1)
+        equal = highest[:, 1:] == highest[:, :-1]
+        if not equal.any():
+            return tokens[:, :count]
+        if equal[:, -1].any():  # one that is left out equals the last that is kept: take all that do
+            highest, tokens = scores.topk(int((scores >= highest[:, -1:]).sum(dim=-1).max()))
+        scores = highest
     # Floats ordered as integers, the token id below them.
     bits = scores.view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
