@@ -7,7 +7,10 @@ import torch
 
 from common import Decoding, UserError
 
-SAMPLED_LOGITS = 2**26  # at once: ranking and noise take some 50 bytes for each
+# How many tokens are drawn from at once, over all rows, by kind of device. Noise takes some 50 bytes for each. On a CPU
+# few of them stay in its caches, which is up to six times as fast; on a GPU many keep it busy.
+DRAWN_FROM = {"cpu": 2**20}
+DRAWN_FROM_ELSEWHERE = 2**26
 
 
 def choose_tokens(logits: torch.Tensor, branches: list[list], decoding: Decoding) -> list[int]:
@@ -17,15 +20,18 @@ def choose_tokens(logits: torch.Tensor, branches: list[list], decoding: Decoding
     on the device they are made on the CPU.
     """
     with torch.inference_mode():
-        values, indices = highest_logits(logits)
-        if values.isnan().any():
-            sequence = branches[values.isnan().int().argmax()][0]
+        if decoding.do_sample:
+            highest = logits.amax(dim=-1)
+        else:
+            highest, tokens = highest_logits(logits)
+        if highest.isnan().any():
+            sequence = branches[highest.isnan().int().argmax()][0]
             raise UserError(
                 f"question {sequence.request.id}: the model's logits are not numbers (NaN) after {len(sequence.tokens)} "
                 "tokens; its weights are damaged or overflow: try --dtype fp32"
             )
         if not decoding.do_sample:
-            return [token for token, branch in zip(indices.tolist(), branches, strict=True) for _ in branch]
+            return [token for token, branch in zip(tokens.tolist(), branches, strict=True) for _ in branch]
         if not has_fp64(logits.device):
             logits = logits.cpu()
         draws = [
@@ -34,7 +40,8 @@ def choose_tokens(logits: torch.Tensor, branches: list[list], decoding: Decoding
             for one in branch
         ]
         counters = torch.tensor([*zip(*draws, strict=True)], device=logits.device).T
-        some = max(1, SAMPLED_LOGITS // logits.shape[1])
+        kept = min(decoding.top_k or logits.shape[1], logits.shape[1])
+        some = max(1, DRAWN_FROM.get(logits.device.type, DRAWN_FROM_ELSEWHERE) // kept)
         tokens = []
         for start in range(0, len(draws), some):
             piece = slice(start, start + some)
@@ -84,13 +91,12 @@ def sample_tokens(
     log-probability and Gumbel noise wins, which draws from their softmax (Gumbel-max). The noise
     is a hash of (seed, question id, sample, step, token id), so that a draw depends on nothing else.
     """
-    scores = logits.float() + 0.0  # -0.0 becomes 0.0, so that equal numbers have equal bits
-    size = scores.shape[-1]
+    size = logits.shape[-1]
     if decoding.top_k or decoding.top_p < 1:
-        tokens = highest_tokens(scores, min(decoding.top_k or size, size))
+        tokens = highest_tokens(logits, min(decoding.top_k or size, size))
     else:  # all are kept, in whatever order
         tokens = torch.arange(size, device=logits.device).expand(len(logits), -1)
-    scaled = scores.gather(-1, tokens).double() / decoding.temperature
+    scaled = logits.gather(-1, tokens).double() / decoding.temperature
     if decoding.top_p < 1:
         probabilities = scaled.softmax(dim=-1)
         dropped = probabilities.cumsum(dim=-1) - probabilities >= decoding.top_p
@@ -105,23 +111,24 @@ def sample_tokens(
     return tokens.gather(-1, best)[:, 0]
 
 
-def highest_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Of fp32 scores (batch, vocabulary) the ids of the `count` highest, (batch, count), highest first.
+def highest_tokens(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Of logits (batch, vocabulary) the ids of the `count` highest, (batch, count), highest first.
 
-    Of equal scores the lower id comes first.
+    Of equal logits the lower id comes first.
     """
-    size = scores.shape[-1]
-    tokens = torch.arange(size, device=scores.device)
+    size = logits.shape[-1]
     if count < size:
-        highest, tokens = scores.topk(count + 1)
-        equal = highest[:, 1:] == highest[:, :-1]
-        if not equal.any():
+        taken = count + 1
+        highest, tokens = logits.topk(taken)
+        while taken < size and (highest[:, -1] == highest[:, count - 1]).any():
+            taken = min(2 * taken, size)  # some token that is left out may equal the last one that counts
+            highest, tokens = logits.topk(taken)
+        if not (highest[:, 1:] == highest[:, :-1]).any():
             return tokens[:, :count]
-        if equal[:, -1].any():  # one that is left out equals the last that is kept: take all that do
-            highest, tokens = scores.topk(int((scores >= highest[:, -1:]).sum(dim=-1).max()))
-        scores = highest
-    # Floats ordered as integers, the token id below them.
-    bits = scores.view(torch.int32)
+    else:
+        highest, tokens = logits, torch.arange(size, device=logits.device)
+    # Floats ordered as integers, the token id below them. -0.0 becomes 0.0: equal numbers need equal bits.
+    bits = (highest.float() + 0.0).view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     return size - 1 - ((ordered | (size - 1 - tokens)).topk(count).values & 0xFFFFFFFF)
 

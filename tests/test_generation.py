@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import random
 
@@ -20,7 +21,7 @@ import linear
 import sampling
 from common import MODES, Decoding, UserError, build_prompt
 from generation import Cohort, Limits, Request, Scheduler, Sequence, generate
-from sampling import choose_tokens, counter_hash, has_fp64, highest_logits, sample_tokens
+from sampling import choose_tokens, counter_hash, has_fp64, highest_logits, highest_tokens, sample_tokens
 
 VOCABULARY = 211  # below the demo tokenizer's end tokens, so that random models run to their limit
 SHAPE = {
@@ -357,8 +358,25 @@ def test_draws_are_the_same_however_many_are_made_at_once(monkeypatch):
         assert len(expected) == sum(map(len, branches)) and len(set(expected)) > 5
         for at_once in (1, 2, 5):
             with monkeypatch.context() as patch:
-                patch.setattr(sampling, "SAMPLED_LOGITS", at_once * 97 + 1)
+                patch.setattr(sampling, "DRAWN_FROM", {"cpu": at_once * (decoding.top_k or 97) + 1})
                 assert choose_tokens(logits, branches, decoding) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("equal", [1, 2, 9, 300])
+def test_of_equal_logits_the_lower_token_ranks_first(dtype, equal):
+    draw = torch.Generator().manual_seed(equal)
+    logits = torch.randint(-150, 150, (40, 300), generator=draw) // equal * 0.25
+    logits[::2] = torch.stack([torch.randperm(300, generator=draw) for _ in range(20)]) - 150.0  # rows without equals
+    logits[::3, ::2] = -math.inf
+    logits[logits == 0] *= torch.randint(2, (int((logits == 0).sum()),), generator=draw) * 2.0 - 1  # -0.0 among them
+    logits = logits.to(dtype)
+    ranked = [sorted(range(300), key=lambda token: (-row[token], token)) for row in logits.tolist()]
+    for count in (1, 7, 20, 299, 300):
+        assert highest_tokens(logits, count).tolist() == [tokens[:count] for tokens in ranked]
+    unequal = logits[::6, 1::2]  # where nothing is equal
+    assert (unequal.sort(dim=-1).values.diff(dim=-1) > 0).all()
+    assert highest_tokens(unequal, 20).tolist() == unequal.argsort(dim=-1, descending=True)[:, :20].tolist()
 
 
 def test_what_samples_of_a_question_have_in_common_is_computed_once(tokenizer, monkeypatch):
