@@ -7,10 +7,8 @@ import torch
 
 from common import Decoding, UserError
 
-# How many tokens are drawn from at once, over all rows, by kind of device. Noise takes some 50 bytes for each. On a CPU
-# few of them stay in its caches, which is up to six times as fast; on a GPU many keep it busy.
-DRAWN_FROM = {"cpu": 2**20}
-DRAWN_FROM_ELSEWHERE = 2**26
+MOST_NOISE = 2**26  # numbers that are made at once, one for each token of each draw: they take some 50 bytes each
+MOST_NOISE_ON_CPU = 2**20  # these stay in its caches, which is up to six times as fast
 
 
 def choose_tokens(logits: torch.Tensor, branches: list[list], decoding: Decoding) -> list[int]:
@@ -41,10 +39,11 @@ def choose_tokens(logits: torch.Tensor, branches: list[list], decoding: Decoding
         ]
         counters = torch.tensor([*zip(*draws, strict=True)], device=logits.device).T
         kept = min(decoding.top_k or logits.shape[1], logits.shape[1])
-        some = max(1, DRAWN_FROM.get(logits.device.type, DRAWN_FROM_ELSEWHERE) // kept)
+        most_noise = MOST_NOISE_ON_CPU if logits.device.type == "cpu" else MOST_NOISE
+        at_once = max(1, most_noise // kept)
         tokens = []
-        for start in range(0, len(draws), some):
-            piece = slice(start, start + some)
+        for start in range(0, len(draws), at_once):
+            piece = slice(start, start + at_once)
             first, last = draws[piece][0][0], draws[piece][-1][0]
             row_of = counters[piece, 0] - first
             tokens.append(sample_tokens(logits[first : last + 1], row_of, counters[piece, 1:], decoding))

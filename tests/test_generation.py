@@ -358,7 +358,7 @@ def test_draws_are_the_same_however_many_are_made_at_once(monkeypatch):
         assert len(expected) == sum(map(len, branches)) and len(set(expected)) > 5
         for at_once in (1, 2, 5):
             with monkeypatch.context() as patch:
-                patch.setattr(sampling, "DRAWN_FROM", {"cpu": at_once * (decoding.top_k or 97) + 1})
+                patch.setattr(sampling, "MOST_NOISE_ON_CPU", at_once * (decoding.top_k or 97) + 1)
                 assert choose_tokens(logits, branches, decoding) == expected
 
 
